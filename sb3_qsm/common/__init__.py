@@ -1,0 +1,1 @@
+"""What every diffusion-policy algorithm here shares: policies, critics and losses."""

@@ -1,0 +1,451 @@
+"""Diffusion actor and critics."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.torch_layers import (
+    BaseFeaturesExtractor,
+    CombinedExtractor,
+    FlattenExtractor,
+    NatureCNN,
+    create_mlp,
+    get_actor_critic_arch,
+)
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
+
+from sb3_qsm.diffusion import SAMPLERS, NoiseSchedule, ScoreNetwork
+from sb3_qsm.diffusion.networks import xavier_init
+
+
+class DiffusionActor(BasePolicy):
+    """
+    Actor that draws its action by the reverse process of a diffusion model over SB3's scaled actions in [-1, 1].
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param net_arch: Hidden layers of the score network
+    :param features_extractor: Network to extract features (a CNN for images, a Flatten layer otherwise)
+    :param features_dim: Number of features
+    :param activation_fn: Activation function
+    :param layer_norm: Whether to use layer normalisation in the hidden layers
+    :param diffusion_steps: Number of diffusion steps T
+    :param noise_schedule: ``"vp"``, ``"cosine"`` or ``"linear"``
+    :param sampler: ``"ddpm"`` (clips the sample), ``"ddpm_x0"`` (clips the estimate) or ``"ddim"``
+    :param sampling_temperature: Factor on the noise of the reverse process
+    :param normalize_images: Whether to divide images by 255.0
+    """
+
+    action_space: spaces.Box
+    features_extractor: BaseFeaturesExtractor
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Box,
+        net_arch: list[int],
+        features_extractor: BaseFeaturesExtractor,
+        features_dim: int,
+        activation_fn: type[nn.Module] = nn.SiLU,
+        layer_norm: bool = False,
+        diffusion_steps: int = 10,
+        noise_schedule: str = "cosine",
+        sampler: str = "ddpm_x0",
+        sampling_temperature: float = 1.0,
+        normalize_images: bool = True,
+    ) -> None:
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor=features_extractor,
+            normalize_images=normalize_images,
+            squash_output=True,
+        )
+        if sampler not in SAMPLERS:
+            raise ValueError(f"Unknown sampler {sampler!r}; known ones: {', '.join(sorted(SAMPLERS))}")
+        self.net_arch = net_arch
+        self.features_dim = features_dim
+        self.activation_fn = activation_fn
+        self.layer_norm = layer_norm
+        self.diffusion_steps = diffusion_steps
+        self.noise_schedule = noise_schedule
+        self.sampler = sampler
+        self.sampling_temperature = sampling_temperature
+        self.action_dim = get_action_dim(action_space)
+
+        self.schedule = NoiseSchedule(noise_schedule, diffusion_steps)
+        self.score_network = ScoreNetwork(features_dim, self.action_dim, net_arch, activation_fn, layer_norm)
+        self.register_buffer("steps", th.arange(diffusion_steps), persistent=False)
+        self.steps: th.Tensor
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            net_arch=self.net_arch,
+            features_dim=self.features_dim,
+            activation_fn=self.activation_fn,
+            features_extractor=self.features_extractor,
+            layer_norm=self.layer_norm,
+            diffusion_steps=self.diffusion_steps,
+            noise_schedule=self.noise_schedule,
+            sampler=self.sampler,
+            sampling_temperature=self.sampling_temperature,
+        )
+        return data
+
+    def features(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        :param obs: Observation
+        :return: Its features, shape ``(batch, features_dim)``
+        """
+        return super().extract_features(obs, self.features_extractor)
+
+    def predict_noise(self, features: th.Tensor, actions: th.Tensor, t: th.Tensor) -> th.Tensor:
+        """
+        Noise prediction eps(s, a_t, t) for a batch of different t.
+
+        :param features: Features of the observation, shape ``(batch, features_dim)``
+        :param actions: Noised actions a_t, shape ``(batch, action_dim)``
+        :param t: Diffusion steps in 0..T-1, int64, shape ``(batch,)``
+        :return: Predicted noise, shape ``(batch, action_dim)``
+        """
+        # The embedding of time is computed for the T steps there are, not for every element of the batch
+        time = nn.functional.embedding(t, self.score_network.time_table(self.steps))
+        return self.score_network.denoise(actions, self.score_network.context(features) + time)
+
+    def sample(self, features: th.Tensor, x_last: th.Tensor, noise: th.Tensor | None) -> th.Tensor:
+        """
+        Run the reverse process with the given noise. Meant to be called without gradient.
+
+        :param features: Features of the observation, shape ``(batch, features_dim)``
+        :param x_last: Latent a_T, shape ``(batch, action_dim)``
+        :param noise: Noise of the chain, shape ``(T, batch, action_dim)``; None for a chain without noise
+        :return: Scaled actions in [-1, 1], shape ``(batch, action_dim)``
+        """
+        context = self.score_network.context(features)
+        time_table = self.score_network.time_table(self.steps).unbind()
+
+        def predict_noise(x: th.Tensor, t: int) -> th.Tensor:
+            return self.score_network.denoise(x, context + time_table[t])
+
+        return SAMPLERS[self.sampler](predict_noise, self.schedule, x_last, noise, self.sampling_temperature)
+
+    def draw_latents(self, batch_size: int, deterministic: bool = False, n: int = 1) -> tuple[th.Tensor, th.Tensor | None]:
+        """
+        What :meth:`sample` needs for n actions in each observation: latents and the noise of the chain.
+
+        Deterministic acting starts every observation from the same n latents, of which the first is the mean latent, zero,
+        and leaves the chain's noise out, so that the action depends on the observation alone.
+
+        :param batch_size: Number of observations
+        :param deterministic: Whether to use the fixed latents
+        :param n: Number of actions for each observation
+        :return: Latents of shape ``(n * batch, action_dim)``, all observations for the first latent first, and noise of shape
+            ``(T, n * batch, action_dim)`` or None
+        """
+        if deterministic:
+            latents = th.zeros(n, 1, self.action_dim)
+            if n > 1:
+                # A constant, drawn by a generator of its own: acting must not touch the global ones
+                generator = th.Generator().manual_seed(0)
+                latents[1:] = th.randn(n - 1, 1, self.action_dim, generator=generator)
+            return latents.to(self.device).expand(n, batch_size, self.action_dim).reshape(n * batch_size, -1), None
+        noise = th.randn(self.diffusion_steps + 1, n * batch_size, self.action_dim, device=self.device)
+        return noise[0], noise[1:]
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        """
+        :param obs: Observation
+        :param deterministic: Whether the action shall depend on the observation alone
+        :return: Scaled actions in [-1, 1], shape ``(batch, action_dim)``
+        """
+        features = self.features(obs)
+        return self.sample(features, *self.draw_latents(features.shape[0], deterministic))
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self(observation, deterministic)
+
+
+class QCritic(ContinuousCritic):
+    """
+    SB3's critics, with optional layer normalisation, the initialisation of the official QSM code and an entry that takes
+    features instead of observations.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param net_arch: Hidden layers
+    :param features_extractor: Network to extract features
+    :param features_dim: Number of features
+    :param activation_fn: Activation function
+    :param normalize_images: Whether to divide images by 255.0
+    :param n_critics: Number of critics
+    :param share_features_extractor: Whether the features extractor belongs to the actor, which then alone trains it
+    :param layer_norm: Whether to use layer normalisation in the hidden layers
+    :raises ValueError: if there are no critics
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Box,
+        net_arch: list[int],
+        features_extractor: BaseFeaturesExtractor,
+        features_dim: int,
+        activation_fn: type[nn.Module] = nn.SiLU,
+        normalize_images: bool = True,
+        n_critics: int = 2,
+        share_features_extractor: bool = False,
+        layer_norm: bool = False,
+    ) -> None:
+        if n_critics < 1:
+            raise ValueError(f"n_critics must be at least 1, got {n_critics!r}")
+        super().__init__(
+            observation_space,
+            action_space,
+            net_arch,
+            features_extractor,
+            features_dim,
+            activation_fn,
+            normalize_images,
+            0,  # the networks are made below
+            share_features_extractor,
+        )
+        self.n_critics = n_critics
+        input_dim = features_dim + get_action_dim(action_space)
+        for i in range(n_critics):
+            layers = create_mlp(input_dim, 1, net_arch, activation_fn, post_linear_modules=[nn.LayerNorm] if layer_norm else None)
+            network = nn.Sequential(*layers)
+            xavier_init(network)
+            self.add_module(f"qf{i}", network)
+            self.q_networks.append(network)
+
+    def features(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        :param obs: Observation
+        :return: Its features, shape ``(batch, features_dim)``; without gradient when the extractor is the actor's
+        """
+        with th.set_grad_enabled(th.is_grad_enabled() and not self.share_features_extractor):
+            return self.extract_features(obs, self.features_extractor)
+
+    def q_values(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        :param features: Features of the observation, shape ``(batch, features_dim)``
+        :param actions: Scaled actions, shape ``(batch, action_dim)``
+        :return: Q-values of all critics, shape ``(n_critics, batch)``
+        """
+        x = th.cat([features, actions], dim=1)
+        return th.stack([network(x).squeeze(-1) for network in self.q_networks])
+
+    def forward(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
+        """
+        :param obs: Observation
+        :param actions: Scaled actions, shape ``(batch, action_dim)``
+        :return: One tensor of Q-values a critic, shape ``(batch, 1)``
+        """
+        return tuple(self.q_values(self.features(obs), actions).unsqueeze(-1))
+
+
+class DiffusionPolicy(BasePolicy):
+    """
+    Policy with a diffusion actor, critics and target critics.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param lr_schedule: Learning rate schedule of the critics, and of the actor unless it has its own
+    :param net_arch: Hidden layers, a list for both or ``dict(pi=[...], qf=[...])``; two layers of 256 by default
+    :param activation_fn: Activation of the score network
+    :param critic_activation_fn: Activation of the critics; the score network's by default
+    :param layer_norm: Whether to use layer normalisation in the hidden layers of the actor and the critics
+    :param features_extractor_class: Features extractor; by default the one that fits the policy
+    :param features_extractor_kwargs: Keyword arguments of the features extractor
+    :param normalize_images: Whether to divide images by 255.0
+    :param optimizer_class: Optimizer, ``th.optim.Adam`` by default
+    :param optimizer_kwargs: Keyword arguments of the optimizers except the learning rate
+    :param n_critics: Number of critics
+    :param share_features_extractor: Whether the critics use the actor's features extractor, trained by the actor's loss only
+    :param diffusion_steps: Number of diffusion steps T
+    :param noise_schedule: ``"vp"``, ``"cosine"`` or ``"linear"``
+    :param sampler: ``"ddpm"`` (clips the sample), ``"ddpm_x0"`` (clips the estimate) or ``"ddim"``
+    :param sampling_temperature: Factor on the noise of the reverse process
+    :param best_of_n: Number of actions to draw; the one with the highest minimum over the critics is taken
+    """
+
+    #: Features extractor when none is given
+    default_features_extractor_class: ClassVar[type[BaseFeaturesExtractor]] = FlattenExtractor
+
+    actor: DiffusionActor
+    critic: QCritic
+    critic_target: QCritic
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = nn.SiLU,
+        critic_activation_fn: type[nn.Module] | None = None,
+        layer_norm: bool = False,
+        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        n_critics: int = 2,
+        share_features_extractor: bool = False,
+        diffusion_steps: int = 10,
+        noise_schedule: str = "cosine",
+        sampler: str = "ddpm_x0",
+        sampling_temperature: float = 1.0,
+        best_of_n: int = 1,
+    ) -> None:
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor_class or self.default_features_extractor_class,
+            features_extractor_kwargs,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            squash_output=True,
+            normalize_images=normalize_images,
+        )
+        if net_arch is None:
+            net_arch = [256, 256]
+        actor_arch, critic_arch = get_actor_critic_arch(net_arch)
+        self.net_arch = net_arch
+        self.activation_fn = activation_fn
+        self.critic_activation_fn = critic_activation_fn
+        self.layer_norm = layer_norm
+        self.n_critics = n_critics
+        self.share_features_extractor = share_features_extractor
+        self.best_of_n = best_of_n
+        shared = {
+            "observation_space": observation_space,
+            "action_space": action_space,
+            "normalize_images": normalize_images,
+            "layer_norm": layer_norm,
+        }
+        self.diffusion_kwargs = {
+            "diffusion_steps": diffusion_steps,
+            "noise_schedule": noise_schedule,
+            "sampler": sampler,
+            "sampling_temperature": sampling_temperature,
+        }
+        self.actor_kwargs = {**shared, "net_arch": actor_arch, "activation_fn": activation_fn, **self.diffusion_kwargs}
+        self.critic_kwargs = {
+            **shared,
+            "net_arch": critic_arch,
+            "activation_fn": critic_activation_fn or activation_fn,
+            "n_critics": n_critics,
+            "share_features_extractor": share_features_extractor,
+        }
+        self._build(lr_schedule)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        self.actor = self.make_actor()
+        self.actor.optimizer = self._make_optimizer(self.actor.parameters(), lr_schedule)
+
+        self.critic = self.make_critic(self.actor.features_extractor if self.share_features_extractor else None)
+        self.critic.optimizer = self._make_optimizer(
+            # A shared extractor is trained by the actor's loss
+            [
+                param
+                for name, param in self.critic.named_parameters()
+                if not (self.share_features_extractor and name.startswith("features_extractor."))
+            ],
+            lr_schedule,
+        )
+        # The target never shares its extractor, it follows the critic's
+        self.critic_target = self.make_critic(None)
+        self.critic_target.load_state_dict(self.critic.state_dict())
+        self.critic_target.requires_grad_(False)
+        self.critic_target.set_training_mode(False)
+
+    def _make_optimizer(self, parameters: Iterable[nn.Parameter], lr_schedule: Schedule) -> th.optim.Optimizer:
+        kwargs = dict(self.optimizer_kwargs)
+        if self.optimizer_class in (th.optim.Adam, th.optim.AdamW) and "foreach" not in kwargs:
+            kwargs.setdefault("fused", True)  # one kernel for all parameters, also on CPU
+        optimizer_class: Callable[..., th.optim.Optimizer] = self.optimizer_class
+        return optimizer_class(parameters, lr=lr_schedule(1), **kwargs)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            lr_schedule=self._dummy_schedule,  # not needed to load the policy alone
+            net_arch=self.net_arch,
+            activation_fn=self.activation_fn,
+            critic_activation_fn=self.critic_activation_fn,
+            layer_norm=self.layer_norm,
+            features_extractor_class=self.features_extractor_class,
+            features_extractor_kwargs=self.features_extractor_kwargs,
+            optimizer_class=self.optimizer_class,
+            optimizer_kwargs=self.optimizer_kwargs,
+            n_critics=self.n_critics,
+            share_features_extractor=self.share_features_extractor,
+            best_of_n=self.best_of_n,
+            **self.diffusion_kwargs,
+        )
+        return data
+
+    def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> DiffusionActor:
+        """
+        :param features_extractor: Features extractor; a new one by default
+        :return: A new actor
+        """
+        return DiffusionActor(**self._update_features_extractor(self.actor_kwargs, features_extractor)).to(self.device)
+
+    def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> QCritic:
+        """
+        :param features_extractor: Features extractor; a new one by default
+        :return: New critics
+        """
+        return QCritic(**self._update_features_extractor(self.critic_kwargs, features_extractor)).to(self.device)
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        """
+        :param obs: Observation
+        :param deterministic: Whether the action shall depend on the observation alone
+        :return: Scaled actions in [-1, 1], shape ``(batch, action_dim)``
+        """
+        return self._predict(obs, deterministic)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        if self.best_of_n == 1:
+            return self.actor(observation, deterministic)  # type: ignore[no-any-return]
+        return self._best_of_n(observation, deterministic)
+
+    def _best_of_n(self, observation: PyTorchObs, deterministic: bool) -> th.Tensor:
+        """Draw ``best_of_n`` actions for each observation and keep the one with the highest min_i Q_i(s, a)."""
+        n = self.best_of_n
+        features = self.actor.features(observation)
+        batch_size = features.shape[0]
+        candidates = self.actor.sample(features.repeat(n, 1), *self.actor.draw_latents(batch_size, deterministic, n))
+        q_values = self.critic.q_values(self.critic.features(observation).repeat(n, 1), candidates).amin(dim=0)
+        best = q_values.view(n, batch_size).argmax(dim=0)
+        return candidates.view(n, batch_size, -1)[best, th.arange(batch_size, device=best.device)]
+
+    def set_training_mode(self, mode: bool) -> None:
+        """
+        Put the actor and the critics in training or evaluation mode; the target critics stay in evaluation mode.
+
+        :param mode: True for training mode
+        """
+        self.actor.set_training_mode(mode)
+        self.critic.set_training_mode(mode)
+        self.training = mode
+
+
+class DiffusionCnnPolicy(DiffusionPolicy):
+    """:class:`DiffusionPolicy` for images: the features extractor is :class:`NatureCNN` by default."""
+
+    default_features_extractor_class = NatureCNN
+
+
+class DiffusionMultiInputPolicy(DiffusionPolicy):
+    """:class:`DiffusionPolicy` for dictionaries: the features extractor is :class:`CombinedExtractor` by default."""
+
+    default_features_extractor_class = CombinedExtractor

@@ -1,0 +1,128 @@
+"""Networks that predict the noise in a noised action."""
+
+import math
+from collections.abc import Sequence
+
+import torch as th
+import torch.nn.functional as F
+from torch import nn
+
+
+def xavier_init(module: nn.Module) -> None:
+    """
+    Xavier-uniform kernels and zero biases for every linear layer of a module, the initialisation of the official QSM code.
+
+    :param module: The module, changed in place
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+class FourierFeatures(nn.Module):
+    r"""
+    Learnable Fourier features :math:`[\cos(2\pi w t), \sin(2\pi w t)]` of the diffusion step (arXiv 2006.10739).
+
+    :param output_dim: Number of features, even
+    :param std: Standard deviation of the initial frequencies
+    """
+
+    def __init__(self, output_dim: int = 64, std: float = 0.2) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(th.randn(output_dim // 2) * std)
+
+    def forward(self, t: th.Tensor) -> th.Tensor:
+        """
+        :param t: Diffusion steps, shape ``(batch,)``
+        :return: Features, shape ``(batch, output_dim)``
+        """
+        phase = (2.0 * math.pi) * t.to(self.weight.dtype).unsqueeze(-1) * self.weight
+        return th.cat([phase.cos(), phase.sin()], dim=-1)
+
+
+class ScoreNetwork(nn.Module):
+    """
+    Predicts the noise in a noised action, from ``[a_t, features, time]``: Fourier features of t go through a small MLP and
+    join the noised action and the features of the observation at the input of the trunk (the official QSM network).
+
+    The shares of the observation and of the time in the trunk's first layer do not depend on the noised action, so that a
+    sampler computes the first once per call (:meth:`context`) and reads the second from a table of T rows
+    (:meth:`time_table`). ``forward`` is the same function.
+
+    :param features_dim: Size of the features of the observation
+    :param action_dim: Size of the action
+    :param net_arch: Hidden layers of the trunk; may be empty
+    :param activation_fn: Activation of the trunk and of the time embedding
+    :param layer_norm: Whether to normalise every hidden layer of the trunk before its activation
+    :param fourier_dim: Number of Fourier features of t
+    :param time_arch: Layers of the embedding of t
+    """
+
+    def __init__(
+        self,
+        features_dim: int,
+        action_dim: int,
+        net_arch: Sequence[int] = (256, 256),
+        activation_fn: type[nn.Module] = nn.SiLU,
+        layer_norm: bool = False,
+        fourier_dim: int = 64,
+        time_arch: Sequence[int] = (128, 128),
+    ) -> None:
+        super().__init__()
+        self.features_dim = features_dim
+        self.action_dim = action_dim
+        self.fourier = FourierFeatures(fourier_dim)
+        time_layers: list[nn.Module] = []
+        width = fourier_dim
+        for i, size in enumerate(time_arch):
+            time_layers += [nn.Linear(width, size)] if i == 0 else [activation_fn(), nn.Linear(width, size)]
+            width = size
+        self.time_mlp = nn.Sequential(*time_layers)
+
+        widths = [*net_arch, action_dim]
+        self.input_layer = nn.Linear(action_dim + features_dim + width, widths[0])
+        trunk: list[nn.Module] = []
+        for size_in, size_out in zip(widths[:-1], widths[1:], strict=True):
+            trunk += [nn.LayerNorm(size_in)] if layer_norm else []
+            trunk += [activation_fn(), nn.Linear(size_in, size_out)]
+        self.trunk = nn.Sequential(*trunk)
+        xavier_init(self)
+
+    def context(self, features: th.Tensor) -> th.Tensor:
+        """
+        :param features: Features of the observation, shape ``(batch, features_dim)``
+        :return: Their share in the first layer, bias included, shape ``(batch, width)``
+        """
+        start, end = self.action_dim, self.action_dim + self.features_dim
+        return F.linear(features, self.input_layer.weight[:, start:end], self.input_layer.bias)
+
+    def time_table(self, t: th.Tensor) -> th.Tensor:
+        """
+        :param t: Diffusion steps, shape ``(n,)``
+        :return: Their share in the first layer, shape ``(n, width)``
+        """
+        return F.linear(self.time_mlp(self.fourier(t)), self.input_layer.weight[:, self.action_dim + self.features_dim :])
+
+    def denoise(self, actions: th.Tensor, shift: th.Tensor) -> th.Tensor:
+        """
+        :param actions: Noised actions, shape ``(batch, action_dim)``
+        :param shift: Sum of the context and the time's share, shape ``(batch, width)``
+        :return: Predicted noise, shape ``(batch, action_dim)``
+        """
+        hidden: th.Tensor = self.trunk(shift + F.linear(actions, self.input_layer.weight[:, : self.action_dim]))
+        return hidden
+
+    def forward(self, features: th.Tensor, actions: th.Tensor, t: th.Tensor) -> th.Tensor:
+        """
+        Noise prediction eps(s, a_t, t).
+
+        :param features: Features of the observation, shape ``(batch, features_dim)``
+        :param actions: Noised actions, shape ``(batch, action_dim)``
+        :param t: Diffusion steps, int64, shape ``(batch,)``
+        :return: Predicted noise, shape ``(batch, action_dim)``
+        """
+        x = th.cat([actions, features, self.time_mlp(self.fourier(t))], dim=-1)
+        out: th.Tensor = self.trunk(self.input_layer(x))
+        return out

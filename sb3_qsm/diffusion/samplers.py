@@ -1,0 +1,118 @@
+"""
+Reverse processes. All are pure functions of the noise that is handed in: ``sampler(predict_noise, schedule, x_last, noise,
+temperature)`` with the latent ``x_last`` ~ N(0, I) of shape ``(batch, action_dim)`` and the chain's noise of shape
+``(T, batch, action_dim)``, where ``noise[i]`` is used at step t = T - 1 - i and none at t = 0. ``predict_noise(a_t, t)``
+gets t as a Python integer.
+"""
+
+from collections.abc import Callable
+
+import torch as th
+
+from sb3_qsm.diffusion.schedules import NoiseSchedule
+
+NoisePredictor = Callable[[th.Tensor, int], th.Tensor]
+Sampler = Callable[[NoisePredictor, NoiseSchedule, th.Tensor, th.Tensor | None, float], th.Tensor]
+
+
+def predict_clean_sample(x: th.Tensor, eps: th.Tensor, signal: th.Tensor | float, sigma: th.Tensor | float) -> th.Tensor:
+    r"""
+    Clipped estimate of the clean sample, :math:`\hat a_0 = \mathrm{clip}((a_t - \sigma_t \epsilon)/\sqrt{\bar\alpha_t})`.
+
+    :param x: Noised sample a_t, shape ``(batch, action_dim)``
+    :param eps: Predicted noise of the same shape
+    :param signal: Square root of alpha_bar_t, broadcastable to the sample
+    :param sigma: Noise level sigma_t, broadcastable to the sample
+    :return: The estimate, within [-1, 1]
+    """
+    return ((x - sigma * eps) / signal).clamp(-1.0, 1.0)
+
+
+def ddpm(
+    predict_noise: NoisePredictor,
+    schedule: NoiseSchedule,
+    x_last: th.Tensor,
+    noise: th.Tensor | None,
+    temperature: float = 1.0,
+) -> th.Tensor:
+    """
+    DDPM with the *sample* clipped to [-1, 1] after every step, as in the official QSM code (Algorithm 2 of arXiv
+    2006.11239 with variance beta_t).
+
+    :param predict_noise: The noise prediction of the network
+    :param schedule: Noise schedule with T steps
+    :param x_last: Latent a_T, shape ``(batch, action_dim)``
+    :param noise: Standard normal noise, shape ``(T, batch, action_dim)``; None for a chain without noise
+    :param temperature: Factor on the noise of the chain
+    :return: Actions in [-1, 1], shape ``(batch, action_dim)``
+    """
+    x = x_last
+    last = schedule.diffusion_steps - 1
+    for t in range(last, -1, -1):
+        x = schedule.recip_sqrt_alphas[t] * (x - schedule.eps_coefs[t] * predict_noise(x, t))
+        if t > 0 and noise is not None:
+            x = x + (schedule.sqrt_betas[t] * temperature) * noise[last - t]
+        x = x.clamp(-1.0, 1.0)
+    return x
+
+
+def ddpm_x0(
+    predict_noise: NoisePredictor,
+    schedule: NoiseSchedule,
+    x_last: th.Tensor,
+    noise: th.Tensor | None,
+    temperature: float = 1.0,
+) -> th.Tensor:
+    """
+    DDPM with the *estimate* of the clean sample clipped to [-1, 1]; the next sample is drawn from the posterior given that
+    estimate (arXiv 2006.11239, equations 6 and 7).
+
+    :param predict_noise: The noise prediction of the network
+    :param schedule: Noise schedule with T steps
+    :param x_last: Latent a_T, shape ``(batch, action_dim)``
+    :param noise: Standard normal noise, shape ``(T, batch, action_dim)``; None for a chain without noise
+    :param temperature: Factor on the noise of the chain
+    :return: Actions in [-1, 1], shape ``(batch, action_dim)``
+    """
+    x = x_last
+    last = schedule.diffusion_steps - 1
+    for t in range(last, -1, -1):
+        clean = predict_clean_sample(x, predict_noise(x, t), schedule.signal_rates[t], schedule.noise_rates[t])
+        if t == 0:
+            return clean
+        x = schedule.posterior_clean_coefs[t] * clean + schedule.posterior_noisy_coefs[t] * x
+        if noise is not None:
+            x = x + (schedule.posterior_stds[t] * temperature) * noise[last - t]
+    raise AssertionError("a schedule has at least one step")  # pragma: no cover
+
+
+def ddim(
+    predict_noise: NoisePredictor,
+    schedule: NoiseSchedule,
+    x_last: th.Tensor,
+    noise: th.Tensor | None = None,
+    temperature: float = 1.0,
+) -> th.Tensor:
+    """
+    DDIM with eta = 0 (arXiv 2010.02502, equation 12): deterministic given the latent. The direction towards a_t is computed
+    from the clipped estimate, so that the chain stays consistent with it.
+
+    :param predict_noise: The noise prediction of the network
+    :param schedule: Noise schedule with T steps
+    :param x_last: Latent a_T, shape ``(batch, action_dim)``
+    :param noise: Not used
+    :param temperature: Not used
+    :return: Actions in [-1, 1], shape ``(batch, action_dim)``
+    """
+    x = x_last
+    for t in range(schedule.diffusion_steps - 1, -1, -1):
+        clean = predict_clean_sample(x, predict_noise(x, t), schedule.signal_rates[t], schedule.noise_rates[t])
+        if t == 0:
+            return clean
+        ratio = schedule.noise_rates[t - 1] / schedule.noise_rates[t]
+        x = (schedule.signal_rates[t - 1] - ratio * schedule.signal_rates[t]) * clean + ratio * x
+    raise AssertionError("a schedule has at least one step")  # pragma: no cover
+
+
+#: Known samplers. A new one is a function and a line here.
+SAMPLERS: dict[str, Sampler] = {"ddpm": ddpm, "ddpm_x0": ddpm_x0, "ddim": ddim}

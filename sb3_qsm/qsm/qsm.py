@@ -1,0 +1,515 @@
+"""Q-score matching on Stable-Baselines3."""
+
+import io
+import json
+import math
+import pathlib
+import zipfile
+from collections.abc import Iterable
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise, NormalActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import open_path
+from stable_baselines3.common.type_aliases import (
+    GymEnv,
+    MaybeCallback,
+    ReplayBufferSamples,
+    Schedule,
+)
+from stable_baselines3.common.utils import (
+    FloatSchedule,
+    get_parameters_by_name,
+    polyak_update,
+    update_learning_rate,
+)
+from torch import nn
+
+from sb3_qsm.common.losses import critic_loss, noise_prediction_loss, td_target
+from sb3_qsm.common.policies import DiffusionActor, DiffusionPolicy, QCritic
+from sb3_qsm.diffusion import NOISE_SCHEDULES, SAMPLERS
+from sb3_qsm.qsm.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_qsm.qsm.targets import (
+    CRITIC_REDUCTIONS,
+    SCORE_TARGETS,
+    DiffusedActions,
+    action_gradient,
+    running_gradient_norm,
+)
+
+SelfQSM = TypeVar("SelfQSM", bound="QSM")
+
+
+class UpdateNoise(NamedTuple):
+    """
+    Every random number of one gradient step besides the choice of the batch.
+
+    :param latent: Latent a_T of the next action, shape ``(batch, action_dim)``
+    :param chain: Noise of its reverse process, shape ``(T, batch, action_dim)``
+    :param target: Target-policy noise, standard normal, shape ``(batch, action_dim)``
+    :param eps: Noise of the forward process, shape ``(batch, action_dim)``
+    :param t: Diffusion steps in 0..T-1, int64, shape ``(batch,)``
+    """
+
+    latent: th.Tensor
+    chain: th.Tensor
+    target: th.Tensor
+    eps: th.Tensor
+    t: th.Tensor
+
+
+class CosineDecay:
+    """
+    Cosine decay of a learning rate over a number of gradient steps, one for each environment step after the first ones
+    (the official QSM code's schedule of the actor), as SB3's function of the remaining progress.
+
+    :param initial_value: Learning rate at the start
+    :param total_timesteps: Environment steps of the whole training
+    :param decay_steps: Gradient steps after which the rate is zero
+    :param learning_starts: Environment steps before the first gradient step
+    """
+
+    def __init__(self, initial_value: float, total_timesteps: int, decay_steps: int, learning_starts: int = 0) -> None:
+        self.initial_value = initial_value
+        self.total_timesteps = total_timesteps
+        self.decay_steps = decay_steps
+        self.learning_starts = learning_starts
+
+    def __call__(self, progress_remaining: float) -> float:
+        updates = max((1.0 - progress_remaining) * self.total_timesteps - self.learning_starts, 0.0)
+        return self.initial_value * 0.5 * (1.0 + math.cos(math.pi * min(updates / self.decay_steps, 1.0)))
+
+    def __repr__(self) -> str:
+        return f"CosineDecay({self.initial_value}, {self.total_timesteps}, {self.decay_steps}, {self.learning_starts})"
+
+
+class QSM(OffPolicyAlgorithm):
+    r"""
+    Q-Score Matching (QSM): the noise prediction of a diffusion actor is regressed onto the action gradient of the critic.
+
+    Paper: https://arxiv.org/abs/2312.11752
+
+    The defaults are not the paper's but what worked best across tasks here; :meth:`paper_hyperparameters` has the paper's.
+
+    :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
+    :param env: The environment to learn from (if registered in Gym, can be str)
+    :param learning_rate: Learning rate of the critics, and of the actor unless ``actor_learning_rate`` is given; it can be a
+        function of the current progress remaining (from 1 to 0)
+    :param buffer_size: Size of the replay buffer
+    :param learning_starts: How many steps of uniformly random actions to collect before learning starts
+    :param batch_size: Minibatch size for each gradient update
+    :param tau: Soft update coefficient ("Polyak update", between 0 and 1) of the target critics
+    :param gamma: Discount factor
+    :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit like
+        ``(5, "step")`` or ``(2, "episode")``.
+    :param gradient_steps: How many gradient steps to do after each rollout; ``-1`` means as many as steps done in the
+        environment during the rollout
+    :param action_noise: Action noise added while collecting, in place of ``exploration_noise``
+    :param replay_buffer_class: Replay buffer class to use (for instance ``HerReplayBuffer``)
+    :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation
+    :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer at a cost of more complexity
+    :param n_steps: Steps of the n-step return when no replay buffer class is given
+    :param actor_learning_rate: Learning rate of the actor, a number or a schedule; by default ``learning_rate``
+    :param diffusion_steps: Number of diffusion steps T
+    :param noise_schedule: ``"cosine"``, ``"vp"`` or ``"linear"``
+    :param sampler: Reverse process: ``"ddpm_x0"`` clips the estimate of the clean action, ``"ddpm"`` the sample (the paper's),
+        ``"ddim"`` is deterministic given the latent
+    :param sampling_temperature: Factor on the noise of the reverse process
+    :param score_target: Where the critic's gradient is taken and how it is weighted: ``"denoised"`` at the clipped estimate of
+        the clean action, ``"noised"`` at the noised action, ``"clean"`` at the replayed action, all with sigma_t; ``"paper"``
+        at the noised action without sigma_t
+    :param temperature: Temperature lambda of the Boltzmann policy, on the scale where the mean absolute component of the
+        critic's action gradient is one
+    :param q_grad_coef: Fixed factor on the critic's gradient (the paper's M_q) in place of the scale-free ``temperature``
+    :param target_policy_noise: Standard deviation of the Gaussian noise added to the next action in the critic's target
+    :param gradient_critic: Critics whose gradient the actor follows: ``"target"`` or ``"online"`` (after their update)
+    :param critic_reduction: How the critics are combined for that gradient: ``"mean"`` or ``"min"``
+    :param policy_delay: Update the actor once every ``policy_delay`` gradient steps
+    :param target_update_interval: Update the target critics once every ``target_update_interval`` gradient steps
+    :param best_of_n: Number of actions to draw when acting; the one with the highest minimum over the critics is taken
+    :param exploration_noise: Standard deviation of the Gaussian noise added to the scaled actions while collecting
+    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
+    :param tensorboard_log: The log location for tensorboard (if None, no logging)
+    :param policy_kwargs: Additional arguments to be passed to the policy on creation
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages, 2 for debug messages
+    :param seed: Seed for the pseudo random generators
+    :param device: Device (cpu, cuda, ...) on which the code should be run; ``"auto"`` uses the GPU if possible
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :raises ValueError: if an argument is out of its range; the message names it, its value and what is allowed
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    policy: DiffusionPolicy
+    actor: DiffusionActor
+    critic: QCritic
+    critic_target: QCritic
+
+    def __init__(
+        self,
+        policy: str | type[DiffusionPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        buffer_size: int = 1_000_000,
+        learning_starts: int = 100,
+        batch_size: int = 256,
+        tau: float = 0.005,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        actor_learning_rate: float | Schedule | None = None,
+        diffusion_steps: int = 10,
+        noise_schedule: str = "cosine",
+        sampler: str = "ddpm_x0",
+        sampling_temperature: float = 1.0,
+        score_target: str = "denoised",
+        temperature: float = 0.1,
+        q_grad_coef: float | None = None,
+        target_policy_noise: float = 0.0,
+        gradient_critic: str = "target",
+        critic_reduction: str = "mean",
+        policy_delay: int = 1,
+        target_update_interval: int = 1,
+        best_of_n: int = 1,
+        exploration_noise: float = 0.1,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            action_noise,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            n_steps=n_steps,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            sde_support=False,
+            supported_action_spaces=(spaces.Box,),
+            support_multi_env=True,
+        )
+        self.actor_learning_rate = actor_learning_rate
+        self.diffusion_steps = diffusion_steps
+        self.noise_schedule = noise_schedule
+        self.sampler = sampler
+        self.sampling_temperature = sampling_temperature
+        self.score_target = score_target
+        self.temperature = temperature
+        self.q_grad_coef = q_grad_coef
+        self.target_policy_noise = target_policy_noise
+        self.gradient_critic = gradient_critic
+        self.critic_reduction = critic_reduction
+        self.policy_delay = policy_delay
+        self.target_update_interval = target_update_interval
+        self.best_of_n = best_of_n
+        self.exploration_noise = exploration_noise
+
+        if _init_setup_model:
+            self._setup_model()
+
+    @staticmethod
+    def paper_hyperparameters(total_timesteps: int = 1_000_000) -> dict[str, Any]:
+        """
+        Constructor arguments of the official QSM code (arXiv 2312.11752): ``QSM("MlpPolicy", env, **paper_hyperparameters())``.
+        The paper uses ``q_grad_coef=120`` for quadruped and humanoid walk.
+
+        :param total_timesteps: Environment steps of the training, which the decay of the actor's learning rate needs
+        :return: Keyword arguments
+        """
+        return {
+            "learning_rate": 3e-4,
+            "actor_learning_rate": CosineDecay(3e-4, total_timesteps, decay_steps=2_000_000, learning_starts=10_000),
+            "learning_starts": 10_000,
+            "batch_size": 256,
+            "tau": 0.005,
+            "gamma": 0.99,
+            "diffusion_steps": 5,
+            "noise_schedule": "vp",
+            "sampler": "ddpm",
+            "sampling_temperature": 1.0,
+            "score_target": "paper",
+            "q_grad_coef": 50.0,
+            "target_policy_noise": 0.1,
+            "gradient_critic": "online",
+            "critic_reduction": "mean",
+            "exploration_noise": 0.1,
+            "policy_kwargs": {
+                "net_arch": [512, 512],
+                "activation_fn": nn.Mish,
+                "critic_activation_fn": nn.ReLU,
+            },
+        }
+
+    def _check_hyperparameters(self) -> None:
+        """Refuse arguments out of their range, before anything is built."""
+
+        def choose(name: str, known: Iterable[str]) -> None:
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"Unknown {name} {value!r}; known ones: {', '.join(sorted(known))}")
+
+        def number(name: str, low: float, strict: bool = False, high: float = math.inf) -> None:
+            value = getattr(self, name)
+            ok = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
+            if not ok or value < low or (strict and value == low) or value > high:
+                upper = "" if high == math.inf else f" and <= {high:g}"
+                raise ValueError(f"{name} must be a number {'>' if strict else '>='} {low:g}{upper}, got {value!r}")
+
+        def integer(name: str, low: int) -> None:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
+                raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
+
+        choose("noise_schedule", NOISE_SCHEDULES)
+        choose("sampler", SAMPLERS)
+        choose("score_target", SCORE_TARGETS)
+        choose("critic_reduction", CRITIC_REDUCTIONS)
+        choose("gradient_critic", ("online", "target"))
+        for name in ("diffusion_steps", "best_of_n", "policy_delay", "target_update_interval", "batch_size", "buffer_size"):
+            integer(name, 1)
+        integer("n_steps", 1)
+        number("temperature", 0.0, strict=True)
+        if self.q_grad_coef is not None:
+            number("q_grad_coef", 0.0, strict=True)
+        for name in ("sampling_temperature", "target_policy_noise", "exploration_noise"):
+            number(name, 0.0)
+        number("tau", 0.0, high=1.0)
+        number("gamma", 0.0, high=1.0)
+        twice = sorted(set(self._diffusion_kwargs()) & set(self.policy_kwargs))
+        if twice:
+            raise ValueError(f"Pass {', '.join(twice)} to {type(self).__name__} itself, not in policy_kwargs")
+
+    def _diffusion_kwargs(self) -> dict[str, Any]:
+        """Arguments of the algorithm that the policy needs to act, also when it is saved alone."""
+        return {
+            "diffusion_steps": self.diffusion_steps,
+            "noise_schedule": self.noise_schedule,
+            "sampler": self.sampler,
+            "sampling_temperature": self.sampling_temperature,
+            "best_of_n": self.best_of_n,
+        }
+
+    def _setup_model(self) -> None:
+        self._check_hyperparameters()
+        policy_kwargs = self.policy_kwargs
+        self.policy_kwargs = {**self._diffusion_kwargs(), **policy_kwargs}
+        try:
+            super()._setup_model()
+        finally:
+            # The user's argument is stored as it was given
+            self.policy_kwargs = policy_kwargs
+        self._create_aliases()
+        if self.actor_learning_rate is not None:
+            self.actor_lr_schedule: Schedule | None = FloatSchedule(self.actor_learning_rate)
+            update_learning_rate(self.actor.optimizer, self.actor_lr_schedule(1))
+        else:
+            self.actor_lr_schedule = None
+        # Running statistics of the features extractors follow the critics at once, see SB3 issue #996
+        self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
+        self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
+        # Running mean of |grad_a Q|; 0 until the first actor update
+        self.q_grad_norm = th.zeros((), device=self.device)
+
+    def _create_aliases(self) -> None:
+        self.actor = self.policy.actor
+        self.critic = self.policy.critic
+        self.critic_target = self.policy.critic_target
+
+    def _update_learning_rates(self) -> None:
+        """Set the learning rates of both optimizers to their schedules and log them."""
+        self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
+        if self.actor_lr_schedule is not None:
+            actor_learning_rate = self.actor_lr_schedule(self._current_progress_remaining)
+            update_learning_rate(self.actor.optimizer, actor_learning_rate)
+            self.logger.record("train/actor_learning_rate", actor_learning_rate)
+
+    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+        """
+        Sample the replay buffer and do the updates (arXiv 2312.11752, Algorithm 1).
+
+        :param gradient_steps: Number of gradient steps
+        :param batch_size: Size of each minibatch
+        """
+        self.policy.set_training_mode(True)
+        self._update_learning_rates()
+        metrics: list[dict[str, th.Tensor]] = []
+
+        for _ in range(gradient_steps):
+            self._n_updates += 1
+            batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
+            noise = self._draw_noise(batch)
+
+            next_actions = self._sample_next_actions(batch, noise)
+            target_q_values = self._td_target(batch, next_actions)
+            metrics.append({"action_saturation": (next_actions.abs() > 0.999).float().mean()})
+            metrics[-1].update(self._update_critic(batch, target_q_values))
+
+            if self._n_updates % self.policy_delay == 0:
+                metrics[-1].update(self._update_actor(batch, noise))
+
+            if self._n_updates % self.target_update_interval == 0:
+                self._update_target()
+
+        self._log(metrics)
+
+    def _draw_noise(self, batch: ReplayBufferSamples) -> UpdateNoise:
+        """All random numbers of a gradient step, in two calls of the global generator."""
+        steps, shape = self.diffusion_steps, batch.actions.shape
+        normal = th.randn(steps + 3, *shape, device=self.device)
+        t = th.randint(steps, shape[:1], device=self.device)
+        return UpdateNoise(latent=normal[0], chain=normal[1 : steps + 1], target=normal[-2], eps=normal[-1], t=t)
+
+    @th.no_grad()
+    def _sample_next_actions(self, batch: ReplayBufferSamples, noise: UpdateNoise) -> th.Tensor:
+        """a' ~ pi(s') plus target-policy noise, clipped to [-1, 1]."""
+        next_features = self.actor.features(batch.next_observations)
+        next_actions = self.actor.sample(next_features, noise.latent, noise.chain)
+        if self.target_policy_noise > 0:
+            next_actions = (next_actions + self.target_policy_noise * noise.target).clamp(-1.0, 1.0)
+        return next_actions
+
+    @th.no_grad()
+    def _td_target(self, batch: ReplayBufferSamples, next_actions: th.Tensor) -> th.Tensor:
+        """y = r + gamma (1 - d) min_i Q_target_i(s', a')."""
+        # For n-step replay the discount is gamma**n (less at an earlier termination)
+        discounts = self.gamma if batch.discounts is None else batch.discounts
+        next_features = self.critic_target.features(batch.next_observations)
+        return td_target(batch.rewards, batch.dones, discounts, self.critic_target.q_values(next_features, next_actions))
+
+    def _update_critic(self, batch: ReplayBufferSamples, target_q_values: th.Tensor) -> dict[str, th.Tensor]:
+        """One step on sum_i mean (Q_i(s, a) - y)^2."""
+        q_values = self.critic.q_values(self.critic.features(batch.observations), batch.actions)
+        loss = critic_loss(q_values, target_q_values)
+        self._check_finite("critic loss", loss)
+        self.critic.optimizer.zero_grad()
+        loss.backward()
+        self.critic.optimizer.step()
+        return {"critic_loss": loss.detach(), "q_mean": q_values.detach().mean()}
+
+    def _update_actor(self, batch: ReplayBufferSamples, noise: UpdateNoise) -> dict[str, th.Tensor]:
+        """One step on mean || eps(s, a_t, t) - eps* ||^2, where eps* is the scaled action gradient of the critics."""
+        schedule = self.actor.schedule
+        noisy_actions = schedule.add_noise(batch.actions, noise.eps, noise.t)
+        eps = self.actor.predict_noise(self.actor.features(batch.observations), noisy_actions, noise.t)
+        signal, sigma = schedule.sqrt_alphas_cumprod[noise.t].unsqueeze(-1), schedule.sigmas[noise.t].unsqueeze(-1)
+        diffused = DiffusedActions(batch.actions, noisy_actions, eps.detach(), signal, sigma)
+
+        query_actions, weight = SCORE_TARGETS[self.score_target](diffused)
+        q_gradient = self._q_gradient(batch, query_actions)
+        eps_target = -weight * self._q_gradient_scale(q_gradient) * q_gradient
+
+        loss = noise_prediction_loss(eps, eps_target)
+        self._check_finite("actor loss", loss)
+        self.actor.optimizer.zero_grad()
+        loss.backward()
+        self.actor.optimizer.step()
+        return {"actor_loss": loss.detach(), "q_grad": q_gradient.abs().mean(), "score_target": eps_target.abs().mean()}
+
+    def _q_gradient(self, batch: ReplayBufferSamples, actions: th.Tensor) -> th.Tensor:
+        """Action gradient of the combined critics; neither the critics nor the sampler receive a gradient from it."""
+        critic = self.critic_target if self.gradient_critic == "target" else self.critic
+        reduce = CRITIC_REDUCTIONS[self.critic_reduction]
+        with th.no_grad():
+            features = critic.features(batch.observations)
+        return action_gradient(lambda a: reduce(critic.q_values(features, a)), actions)
+
+    def _q_gradient_scale(self, q_gradient: th.Tensor) -> th.Tensor | float:
+        """The fixed M_q, or 1 / (lambda times the running mean of the gradient's magnitude)."""
+        self.q_grad_norm = running_gradient_norm(self.q_grad_norm, q_gradient)
+        return self.q_grad_coef if self.q_grad_coef is not None else 1.0 / (self.temperature * self.q_grad_norm)
+
+    def _update_target(self) -> None:
+        """Polyak update of the target critics; running statistics are copied."""
+        with th.no_grad():
+            targets = list(self.critic_target.parameters())
+            th._foreach_lerp_(targets, list(self.critic.parameters()), self.tau)
+            polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+
+    def _check_finite(self, name: str, loss: th.Tensor) -> None:
+        """
+        Stop before a step would destroy the parameters. On a GPU the look would wait for the device, so there it is left to
+        :meth:`_log`, once for each call of ``train``.
+        """
+        if loss.device.type == "cpu" and not math.isfinite(loss.item()):
+            raise ValueError(self._non_finite_message(name, loss.item()))
+
+    def _non_finite_message(self, name: str, value: Any) -> str:
+        return (
+            f"The {name} is {value} at environment step {self.num_timesteps}, gradient step {self._n_updates}: check the "
+            "scale of rewards and observations and the learning rate. The model and the replay buffer can still be saved."
+        )
+
+    def _log(self, metrics: list[dict[str, th.Tensor]]) -> None:
+        """Average the metrics over the gradient steps and move them off the device in one piece."""
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        names = list(dict.fromkeys(name for step in metrics for name in step))
+        if not names:
+            return
+        means = th.stack([th.stack([step[name] for step in metrics if name in step]).mean() for name in names]).tolist()
+        for name, mean in zip(names, means, strict=True):
+            if name.endswith("loss") and not math.isfinite(mean):
+                raise ValueError(self._non_finite_message(name.replace("_", " "), mean))
+            self.logger.record(f"train/{name}", mean)
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if action_noise is None and self.exploration_noise > 0:
+            shape = (n_envs, *self.action_space.shape)  # type: ignore[misc]
+            action_noise = NormalActionNoise(np.zeros(shape), np.full(shape, self.exploration_noise))
+        return super()._sample_action(learning_starts, action_noise, n_envs)
+
+    def learn(
+        self: SelfQSM,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "QSM",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfQSM:
+        return super().learn(
+            total_timesteps=total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "batch_norm_stats", "batch_norm_stats_target"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "actor.optimizer", "critic.optimizer"], ["q_grad_norm"]

@@ -1,0 +1,94 @@
+r"""
+Score targets: what the noise prediction is regressed onto.
+
+With the Boltzmann policy :math:`p(a|s) \propto \exp(Q(s,a)/\lambda)`, the exact noise prediction is
+:math:`\epsilon^* = -\sigma_t \nabla \log p_t(a_t)`. Every target has the form :math:`\epsilon^* = -w_t \, c \, \nabla_a Q(s, q)`
+with a query action q, a weight w_t and a scale c. A target is a function from the batch to (q, w_t) and a line in
+:data:`SCORE_TARGETS`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch as th
+
+from sb3_qsm.diffusion import predict_clean_sample
+
+
+class DiffusedActions(NamedTuple):
+    """
+    A batch of noised replay actions.
+
+    :param actions: Replayed actions a_0, shape ``(batch, action_dim)``
+    :param noisy_actions: Noised actions a_t, same shape
+    :param eps: Noise that the network predicts in them, without gradient, same shape
+    :param signal: Square root of alpha_bar_t, shape ``(batch, 1)``
+    :param sigma: Noise level sigma_t, shape ``(batch, 1)``
+    """
+
+    actions: th.Tensor
+    noisy_actions: th.Tensor
+    eps: th.Tensor
+    signal: th.Tensor
+    sigma: th.Tensor
+
+
+ScoreTarget = Callable[[DiffusedActions], tuple[th.Tensor, th.Tensor]]
+
+
+def paper(batch: DiffusedActions) -> tuple[th.Tensor, th.Tensor]:
+    """Gradient at the noised action, without sigma_t (arXiv 2312.11752, equation 12 as in the official code)."""
+    return batch.noisy_actions, th.ones_like(batch.sigma)
+
+
+def noised(batch: DiffusedActions) -> tuple[th.Tensor, th.Tensor]:
+    """Gradient at the noised action, weighted by sigma_t: a_t stands for the clean action (FlowRL's QSM)."""
+    return batch.noisy_actions, batch.sigma
+
+
+def clean(batch: DiffusedActions) -> tuple[th.Tensor, th.Tensor]:
+    """Target score matching (arXiv 2402.08667, equation 8): unbiased when the noised actions were drawn from the policy."""
+    return batch.actions, batch.sigma / batch.signal
+
+
+def denoised(batch: DiffusedActions) -> tuple[th.Tensor, th.Tensor]:
+    """Gradient at the clipped estimate of the clean action, which lies among the actions the critic was trained on."""
+    return predict_clean_sample(batch.noisy_actions, batch.eps, batch.signal, batch.sigma), batch.sigma
+
+
+#: Known score targets
+SCORE_TARGETS: dict[str, ScoreTarget] = {"paper": paper, "noised": noised, "clean": clean, "denoised": denoised}
+
+#: How the gradients of the critics are combined, from Q-values of shape ``(n_critics, batch)``
+CRITIC_REDUCTIONS: dict[str, Callable[[th.Tensor], th.Tensor]] = {
+    "mean": lambda q_values: q_values.mean(dim=0),
+    "min": lambda q_values: q_values.amin(dim=0),
+}
+
+
+def action_gradient(q_fn: Callable[[th.Tensor], th.Tensor], actions: th.Tensor) -> th.Tensor:
+    """
+    Gradient of a Q-function in the action.
+
+    :param q_fn: From actions of shape ``(batch, action_dim)`` to Q-values of shape ``(batch,)``, row by row
+    :param actions: Where to take the gradient
+    :return: The gradient, without a graph, shape ``(batch, action_dim)``
+    """
+    with th.enable_grad():
+        actions = actions.detach().requires_grad_(True)
+        (gradient,) = th.autograd.grad(q_fn(actions).sum(), actions)
+    return gradient
+
+
+def running_gradient_norm(previous: th.Tensor, gradient: th.Tensor, rate: float = 0.005) -> th.Tensor:
+    """
+    Exponential running mean of the mean absolute component of the critic's action gradient. The scale-free targets divide
+    by it, so that a temperature means the same on every task and reward scale. The first call takes the batch's value.
+
+    :param previous: Running mean, a scalar; 0 if there is none yet
+    :param gradient: Action gradient, shape ``(batch, action_dim)``
+    :param rate: Weight of the new value
+    :return: New running mean, a positive scalar
+    """
+    current = gradient.abs().mean()
+    return th.where(previous > 0, th.lerp(previous, current, rate), current).clamp_min(1e-8)
