@@ -1,6 +1,6 @@
 """Diffusion actor and critics."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch as th
@@ -38,6 +38,8 @@ class DiffusionActor(BasePolicy):
     :param sampler: ``"ddpm"`` (clips the sample), ``"ddpm_x0"`` (clips the estimate) or ``"ddim"``
     :param sampling_temperature: Factor on the noise of the reverse process
     :param normalize_images: Whether to divide images by 255.0
+    :param fourier_dim: Number of Fourier features of the diffusion step
+    :param time_arch: Layers of the embedding of the diffusion step
     """
 
     action_space: spaces.Box
@@ -57,6 +59,8 @@ class DiffusionActor(BasePolicy):
         sampler: str = "ddpm_x0",
         sampling_temperature: float = 1.0,
         normalize_images: bool = True,
+        fourier_dim: int = 64,
+        time_arch: Sequence[int] = (128, 128),
     ) -> None:
         super().__init__(
             observation_space,
@@ -75,10 +79,14 @@ class DiffusionActor(BasePolicy):
         self.noise_schedule = noise_schedule
         self.sampler = sampler
         self.sampling_temperature = sampling_temperature
+        self.fourier_dim = fourier_dim
+        self.time_arch = time_arch
         self.action_dim = get_action_dim(action_space)
 
         self.schedule = NoiseSchedule(noise_schedule, diffusion_steps)
-        self.score_network = ScoreNetwork(features_dim, self.action_dim, net_arch, activation_fn, layer_norm)
+        self.score_network = ScoreNetwork(
+            features_dim, self.action_dim, net_arch, activation_fn, layer_norm, fourier_dim, time_arch
+        )
         self.register_buffer("steps", th.arange(diffusion_steps), persistent=False)
         self.steps: th.Tensor
 
@@ -94,6 +102,8 @@ class DiffusionActor(BasePolicy):
             noise_schedule=self.noise_schedule,
             sampler=self.sampler,
             sampling_temperature=self.sampling_temperature,
+            fourier_dim=self.fourier_dim,
+            time_arch=self.time_arch,
         )
         return data
 
@@ -272,6 +282,8 @@ class DiffusionPolicy(BasePolicy):
     :param sampler: ``"ddpm"`` (clips the sample), ``"ddpm_x0"`` (clips the estimate) or ``"ddim"``
     :param sampling_temperature: Factor on the noise of the reverse process
     :param best_of_n: Number of actions to draw; the one with the highest minimum over the critics is taken
+    :param fourier_dim: Number of Fourier features of the diffusion step
+    :param time_arch: Layers of the embedding of the diffusion step
     """
 
     #: Features extractor when none is given
@@ -302,6 +314,8 @@ class DiffusionPolicy(BasePolicy):
         sampler: str = "ddpm_x0",
         sampling_temperature: float = 1.0,
         best_of_n: int = 1,
+        fourier_dim: int = 64,
+        time_arch: Sequence[int] = (128, 128),
     ) -> None:
         super().__init__(
             observation_space,
@@ -334,6 +348,8 @@ class DiffusionPolicy(BasePolicy):
             "noise_schedule": noise_schedule,
             "sampler": sampler,
             "sampling_temperature": sampling_temperature,
+            "fourier_dim": fourier_dim,
+            "time_arch": time_arch,
         }
         self.actor_kwargs = {**shared, "net_arch": actor_arch, "activation_fn": activation_fn, **self.diffusion_kwargs}
         self.critic_kwargs = {
