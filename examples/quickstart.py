@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +32,14 @@ VIDEO_SECONDS = 15
 # end the process.
 RENDER_PROBE = """
 import sys, gymnasium
-env = gymnasium.make(sys.argv[1], render_mode="rgb_array")
-env.reset(seed=0)
-assert env.render() is not None
-print("rendered", flush=True)
+try:
+    env = gymnasium.make(sys.argv[1], render_mode="rgb_array")
+    env.reset(seed=0)
+    frame = env.render()
+except Exception as error:
+    print(f"{type(error).__name__}: {error}", flush=True)
+else:
+    print("rendered" if frame is not None else "no frame", flush=True)
 """
 
 
@@ -111,8 +116,8 @@ def find_renderer(env_id: str) -> str | None:
     if "MUJOCO_GL" in os.environ:
         backends = [os.environ["MUJOCO_GL"]]
     elif sys.platform == "linux":
-        # A graphics card or Mesa through EGL, Mesa in software, a window system.
-        backends = ["egl", "osmesa", "glfw"]
+        # A graphics card's driver or Mesa, Mesa in software, the window system if one is running.
+        backends = ["egl", "osmesa"] + ["glfw"] * ("DISPLAY" in os.environ)
     else:
         backends = [""]
     failures = []
@@ -130,12 +135,24 @@ def find_renderer(env_id: str) -> str | None:
         except subprocess.TimeoutExpired:
             failures.append(f"{backend or 'default'}: no frame after 120 s")
             continue
-        if "rendered" in probe.stdout:
+        answer = probe.stdout.strip().splitlines() or [f"exit status {probe.returncode}"]
+        if answer[-1] == "rendered":
             os.environ.update(variables)
             return None
-        lines = probe.stderr.strip().splitlines()
-        failures.append(f"{backend or 'default'}: {lines[-1] if lines else f'exit status {probe.returncode}'}")
+        failures.append(f"{backend or 'default'}: {answer[0]}")
+    # MuJoCo cannot even be imported with a renderer that is not there.
+    os.environ["MUJOCO_GL"] = "disable"
     return "; ".join(failures)
+
+
+def check_id(env_id: str) -> None:
+    """Refuse an id that Gymnasium does not know."""
+    import gymnasium as gym
+
+    try:
+        gym.spec(env_id)
+    except (gym.error.Error, ModuleNotFoundError) as error:
+        raise UserError(f"{env_id} is not an environment that Gymnasium knows: {error}") from error
 
 
 def make_env(env_id: str) -> "gym.Env[Any, Any]":
@@ -144,10 +161,8 @@ def make_env(env_id: str) -> "gym.Env[Any, Any]":
 
     try:
         env = gym.make(env_id)
-    except gym.error.DependencyNotInstalled as error:
-        raise UserError(f"{env_id} needs a package that is not installed: {error}") from error
-    except gym.error.Error as error:
-        raise UserError(f"{env_id} is not an environment that Gymnasium knows: {error}") from error
+    except (gym.error.Error, ImportError) as error:
+        raise UserError(f"cannot create {env_id}: {error}") from error
     if not isinstance(env.action_space, gym.spaces.Box):
         raise UserError(f"QSM needs continuous actions (a Box), and those of {env_id} are {env.action_space}")
     return env
@@ -221,20 +236,14 @@ def film(path: Path, model: "BaseAlgorithm", env_id: str, seed: int) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Train, evaluate, draw and film."""
+    missing = [name for name in ("imageio", "imageio_ffmpeg", "matplotlib", "rich", "tqdm") if find_spec(name) is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)} not installed; this script needs pip install 'sb3-qsm[extra,mujoco,plots]'")
+    check_id(args.env)
     # Before anything imports MuJoCo.
     no_renderer = find_renderer(args.env)
 
-    try:
-        import imageio.v2
-        import matplotlib
-        import rich
-        import torch as th
-        import tqdm
-    except ImportError as error:
-        raise UserError(f"{error}. Install what this script needs: pip install 'sb3-qsm[extra,mujoco,plots]'") from error
-    # What was needed, and nothing of it is used here.
-    del imageio, matplotlib, rich, tqdm
-
+    import torch as th
     from stable_baselines3.common.callbacks import EvalCallback
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.evaluation import evaluate_policy
