@@ -29,7 +29,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn
 
 from sb3_qsm import QSM
-from sb3_qsm.qsm.qsm import UpdateNoise
+from sb3_qsm.qsm.losses import ActorLoss, UpdateNoise
 
 Arrays = dict[str, npt.NDArray[Any]]
 KNOWN_CONFIG = {"M_q", "T", "discount", "lr", "schedule", "target_noise_std", "tau", "temperature"}
@@ -161,25 +161,26 @@ def test_golden_update(golden_path: Path) -> None:
 
     # In the order of train()
     # The file holds the sampled actions before the target-policy noise
-    with th.no_grad():
-        sampled = model.actor.sample(model.actor.features(batch.next_observations), noise.latent, noise.chain)
+    loss = model._critic_gradients.loss
+    sampled = loss.next_actions(batch.next_observations, noise, target_policy_noise=0.0)
     close("sampled next actions", sampled, arrays["out/sampled_next_actions"], 1e-5)
-    next_actions = model._sample_next_actions(batch, noise)
-    target_q_values = model._td_target(batch, next_actions)
+    next_actions = loss.next_actions(batch.next_observations, noise, model.target_policy_noise)
+    target_q_values = loss.targets(batch.next_observations, next_actions, model._transitions(batch))
     close("TD targets", target_q_values, arrays["out/target_q"], 1e-4)
 
     for i, q_values in enumerate(model.critic.q_values(batch.observations, batch.actions)):
-        loss = (q_values - target_q_values).square().mean()
-        close(f"loss of critic {i + 1}", loss, arrays[f"out/c_loss_{i + 1}"], 1e-5)
+        critic_loss = (q_values - target_q_values).square().mean()
+        close(f"loss of critic {i + 1}", critic_loss, arrays[f"out/c_loss_{i + 1}"], 1e-5)
     losses = sum(value for key, value in arrays.items() if key.startswith("out/c_loss_"))
-    metrics = model._update_critic(batch, target_q_values)
+    metrics = model._update_critic(batch, noise)
     close("critic loss", metrics["critic_loss"], np.asarray(losses), 1e-5)
     for name, (parameter, expected) in critic_parameters(model.critic, arrays, "after/critic_").items():
         close(name, parameter, expected, 1e-4)
 
     noisy_actions = schedule.add_noise(batch.actions, noise.eps, noise.t)
     close("noised actions", noisy_actions, arrays["out/noisy_actions"], 1e-5)
-    close("critic gradient", model._q_gradient(batch, noisy_actions), arrays["out/critic_jacobian"], 1e-4)
+    q_gradient = model._actor_gradients.loss.q_gradient(batch.observations, noisy_actions)
+    close("critic gradient", q_gradient, arrays["out/critic_jacobian"], 1e-4)
     metrics = model._update_actor(batch, noise)
     close("actor loss", metrics["actor_loss"], arrays["out/actor_loss"], 1e-5)
     for name, (parameter, expected) in score_parameters(model.actor, arrays, "out/score_grad").items():
@@ -195,6 +196,7 @@ def test_golden_update(golden_path: Path) -> None:
 
 def test_golden_notices_a_wrong_sign(golden_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison is not vacuous: a flipped score target fails it."""
-    monkeypatch.setattr(QSM, "_q_gradient_scale", lambda self, gradient: -self.q_grad_coef)
-    with pytest.raises(AssertionError, match="actor loss|gradient of"):
+    q_gradient = ActorLoss.q_gradient
+    monkeypatch.setattr(ActorLoss, "q_gradient", lambda self, *args: -q_gradient(self, *args))
+    with pytest.raises(AssertionError, match="critic gradient"):
         test_golden_update(golden_path)

@@ -12,14 +12,13 @@ from stable_baselines3.common.torch_layers import (
     CombinedExtractor,
     FlattenExtractor,
     NatureCNN,
-    create_mlp,
     get_actor_critic_arch,
 )
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_qsm.diffusion import SAMPLERS, NoiseSchedule, ScoreNetwork
-from sb3_qsm.diffusion.networks import xavier_init
+from sb3_qsm.diffusion.networks import mlp, xavier_init
 
 
 class DiffusionActor(BasePolicy):
@@ -227,8 +226,7 @@ class QCritic(ContinuousCritic):
         self.n_critics = n_critics
         input_dim = features_dim + get_action_dim(action_space)
         for i in range(n_critics):
-            layers = create_mlp(input_dim, 1, net_arch, activation_fn, post_linear_modules=[nn.LayerNorm] if layer_norm else None)
-            network = nn.Sequential(*layers)
+            network = mlp([input_dim, *net_arch, 1], activation_fn, layer_norm)
             xavier_init(network)
             self.add_module(f"qf{i}", network)
             self.q_networks.append(network)

@@ -4,8 +4,9 @@ import math
 from collections.abc import Sequence
 
 import torch as th
-import torch.nn.functional as F
 from torch import nn
+
+from sb3_qsm.diffusion.linear import Linear, linear
 
 
 def xavier_init(module: nn.Module) -> None:
@@ -19,6 +20,24 @@ def xavier_init(module: nn.Module) -> None:
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def mlp(widths: Sequence[int], activation_fn: type[nn.Module], layer_norm: bool = False) -> nn.Sequential:
+    """
+    Fully connected network, with an activation after every layer but the last.
+
+    :param widths: Sizes of the input, of the hidden layers and of the output
+    :param activation_fn: Activation of the hidden layers
+    :param layer_norm: Whether to normalise every hidden layer before its activation
+    :return: The network
+    """
+    layers: list[nn.Module] = []
+    for i, (size_in, size_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        if i > 0:
+            layers += [nn.LayerNorm(size_in)] if layer_norm else []
+            layers += [activation_fn()]
+        layers += [Linear(size_in, size_out)]
+    return nn.Sequential(*layers)
 
 
 class FourierFeatures(nn.Module):
@@ -74,20 +93,12 @@ class ScoreNetwork(nn.Module):
         self.features_dim = features_dim
         self.action_dim = action_dim
         self.fourier = FourierFeatures(fourier_dim)
-        time_layers: list[nn.Module] = []
-        width = fourier_dim
-        for i, size in enumerate(time_arch):
-            time_layers += [nn.Linear(width, size)] if i == 0 else [activation_fn(), nn.Linear(width, size)]
-            width = size
-        self.time_mlp = nn.Sequential(*time_layers)
+        self.time_mlp = mlp([fourier_dim, *time_arch], activation_fn)
+        width = [fourier_dim, *time_arch][-1]
 
-        widths = [*net_arch, action_dim]
-        self.input_layer = nn.Linear(action_dim + features_dim + width, widths[0])
-        trunk: list[nn.Module] = []
-        for size_in, size_out in zip(widths[:-1], widths[1:], strict=True):
-            trunk += [nn.LayerNorm(size_in)] if layer_norm else []
-            trunk += [activation_fn(), nn.Linear(size_in, size_out)]
-        self.trunk = nn.Sequential(*trunk)
+        layers = mlp([action_dim + features_dim + width, *net_arch, action_dim], activation_fn, layer_norm)
+        self.input_layer = layers[0]
+        self.trunk = layers[1:]
         xavier_init(self)
 
     def context(self, features: th.Tensor) -> th.Tensor:
@@ -96,14 +107,14 @@ class ScoreNetwork(nn.Module):
         :return: Their share in the first layer, bias included, shape ``(batch, width)``
         """
         start, end = self.action_dim, self.action_dim + self.features_dim
-        return F.linear(features, self.input_layer.weight[:, start:end], self.input_layer.bias)
+        return linear(features, self.input_layer.weight[:, start:end], self.input_layer.bias)
 
     def time_table(self, t: th.Tensor) -> th.Tensor:
         """
         :param t: Diffusion steps, shape ``(n,)``
         :return: Their share in the first layer, shape ``(n, width)``
         """
-        return F.linear(self.time_mlp(self.fourier(t)), self.input_layer.weight[:, self.action_dim + self.features_dim :])
+        return linear(self.time_mlp(self.fourier(t)), self.input_layer.weight[:, self.action_dim + self.features_dim :])
 
     def denoise(self, actions: th.Tensor, shift: th.Tensor) -> th.Tensor:
         """
@@ -111,7 +122,7 @@ class ScoreNetwork(nn.Module):
         :param shift: Sum of the context and the time's share, shape ``(batch, width)``
         :return: Predicted noise, shape ``(batch, action_dim)``
         """
-        hidden: th.Tensor = self.trunk(shift + F.linear(actions, self.input_layer.weight[:, : self.action_dim]))
+        hidden: th.Tensor = self.trunk(shift + linear(actions, self.input_layer.weight[:, : self.action_dim]))
         return hidden
 
     def forward(self, features: th.Tensor, actions: th.Tensor, t: th.Tensor) -> th.Tensor:

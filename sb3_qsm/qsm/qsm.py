@@ -6,7 +6,7 @@ import math
 import pathlib
 import zipfile
 from collections.abc import Iterable
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
@@ -30,37 +30,13 @@ from stable_baselines3.common.utils import (
 )
 from torch import nn
 
-from sb3_qsm.common.losses import critic_loss, noise_prediction_loss, td_target
 from sb3_qsm.common.policies import DiffusionActor, DiffusionPolicy, QCritic
 from sb3_qsm.diffusion import NOISE_SCHEDULES, SAMPLERS
+from sb3_qsm.qsm.losses import ActorLoss, CriticLoss, Gradients, Metrics, Transitions, UpdateNoise
 from sb3_qsm.qsm.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
-from sb3_qsm.qsm.targets import (
-    CRITIC_REDUCTIONS,
-    SCORE_TARGETS,
-    DiffusedActions,
-    action_gradient,
-    running_gradient_norm,
-)
+from sb3_qsm.qsm.targets import CRITIC_REDUCTIONS, SCORE_TARGETS
 
 SelfQSM = TypeVar("SelfQSM", bound="QSM")
-
-
-class UpdateNoise(NamedTuple):
-    """
-    Every random number of one gradient step besides the choice of the batch.
-
-    :param latent: Latent a_T of the next action, shape ``(batch, action_dim)``
-    :param chain: Noise of its reverse process, shape ``(T, batch, action_dim)``
-    :param target: Target-policy noise, standard normal, shape ``(batch, action_dim)``
-    :param eps: Noise of the forward process, shape ``(batch, action_dim)``
-    :param t: Diffusion steps in 0..T-1, int64, shape ``(batch,)``
-    """
-
-    latent: th.Tensor
-    chain: th.Tensor
-    target: th.Tensor
-    eps: th.Tensor
-    t: th.Tensor
 
 
 class CosineDecay:
@@ -133,6 +109,8 @@ class QSM(OffPolicyAlgorithm):
     :param target_update_interval: Update the target critics once every ``target_update_interval`` gradient steps
     :param best_of_n: Number of actions to draw when acting; the one with the highest minimum over the critics is taken
     :param exploration_noise: Standard deviation of the Gaussian noise added to the scaled actions while collecting
+    :param compile: Compile the gradients of both losses with ``torch.compile``, which needs a C++ compiler: about half as long
+        for a gradient step, after a minute at the first one
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
     :param tensorboard_log: The log location for tensorboard (if None, no logging)
     :param policy_kwargs: Additional arguments to be passed to the policy on creation
@@ -185,6 +163,7 @@ class QSM(OffPolicyAlgorithm):
         target_update_interval: int = 1,
         best_of_n: int = 1,
         exploration_noise: float = 0.1,
+        compile: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -234,6 +213,7 @@ class QSM(OffPolicyAlgorithm):
         self.target_update_interval = target_update_interval
         self.best_of_n = best_of_n
         self.exploration_noise = exploration_noise
+        self.compile = compile
 
         if _init_setup_model:
             self._setup_model()
@@ -340,6 +320,18 @@ class QSM(OffPolicyAlgorithm):
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
         # Running mean of |grad_a Q|; 0 until the first actor update
         self.q_grad_norm = th.zeros((), device=self.device)
+        self._critic_gradients = Gradients(
+            CriticLoss(self.actor, self.critic, self.critic_target), self.critic.optimizer, self.compile
+        )
+        self._actor_gradients = Gradients(
+            ActorLoss(self.actor, self._gradient_critic(), self.score_target, self.critic_reduction),
+            self.actor.optimizer,
+            self.compile,
+        )
+
+    def _gradient_critic(self) -> QCritic:
+        """The critics whose action gradient the actor follows."""
+        return self.critic_target if self.gradient_critic == "target" else self.critic
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor
@@ -363,21 +355,16 @@ class QSM(OffPolicyAlgorithm):
         """
         self.policy.set_training_mode(True)
         self._update_learning_rates()
-        metrics: list[dict[str, th.Tensor]] = []
+        metrics: list[Metrics] = []
 
         for _ in range(gradient_steps):
             self._n_updates += 1
             batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
             noise = self._draw_noise(batch)
 
-            next_actions = self._sample_next_actions(batch, noise)
-            target_q_values = self._td_target(batch, next_actions)
-            metrics.append({"action_saturation": (next_actions.abs() > 0.999).float().mean()})
-            metrics[-1].update(self._update_critic(batch, target_q_values))
-
+            metrics.append(self._update_critic(batch, noise))
             if self._n_updates % self.policy_delay == 0:
-                metrics[-1].update(self._update_actor(batch, noise))
-
+                metrics.append(self._update_actor(batch, noise))
             if self._n_updates % self.target_update_interval == 0:
                 self._update_target()
 
@@ -390,87 +377,70 @@ class QSM(OffPolicyAlgorithm):
         t = th.randint(steps, shape[:1], device=self.device)
         return UpdateNoise(latent=normal[0], chain=normal[1 : steps + 1], target=normal[-2], eps=normal[-1], t=t)
 
-    @th.no_grad()
-    def _sample_next_actions(self, batch: ReplayBufferSamples, noise: UpdateNoise) -> th.Tensor:
-        """a' ~ pi(s') plus target-policy noise, clipped to [-1, 1]."""
-        next_features = self.actor.features(batch.next_observations)
-        next_actions = self.actor.sample(next_features, noise.latent, noise.chain)
-        if self.target_policy_noise > 0:
-            next_actions = (next_actions + self.target_policy_noise * noise.target).clamp(-1.0, 1.0)
-        return next_actions
+    def _transitions(self, batch: ReplayBufferSamples) -> Transitions:
+        """The batch with its discounts: for n-step replay gamma**n, less at an earlier termination."""
+        discounts = th.tensor(self.gamma, device=self.device) if batch.discounts is None else batch.discounts
+        return Transitions(batch.actions, batch.rewards, batch.dones, discounts)
 
-    @th.no_grad()
-    def _td_target(self, batch: ReplayBufferSamples, next_actions: th.Tensor) -> th.Tensor:
-        """y = r + gamma (1 - d) min_i Q_target_i(s', a')."""
-        # For n-step replay the discount is gamma**n (less at an earlier termination)
-        discounts = self.gamma if batch.discounts is None else batch.discounts
-        next_features = self.critic_target.features(batch.next_observations)
-        return td_target(batch.rewards, batch.dones, discounts, self.critic_target.q_values(next_features, next_actions))
-
-    def _update_critic(self, batch: ReplayBufferSamples, target_q_values: th.Tensor) -> dict[str, th.Tensor]:
-        """One step on sum_i mean (Q_i(s, a) - y)^2."""
-        q_values = self.critic.q_values(self.critic.features(batch.observations), batch.actions)
-        loss = critic_loss(q_values, target_q_values)
-        self._check_finite("critic loss", loss)
-        self.critic.optimizer.zero_grad()
-        loss.backward()
-        self.critic.optimizer.step()
-        return {"critic_loss": loss.detach(), "q_mean": q_values.detach().mean()}
-
-    def _update_actor(self, batch: ReplayBufferSamples, noise: UpdateNoise) -> dict[str, th.Tensor]:
-        """One step on mean || eps(s, a_t, t) - eps* ||^2, where eps* is the scaled action gradient of the critics."""
-        schedule = self.actor.schedule
-        noisy_actions = schedule.add_noise(batch.actions, noise.eps, noise.t)
-        eps = self.actor.predict_noise(self.actor.features(batch.observations), noisy_actions, noise.t)
-        signal, sigma = schedule.sqrt_alphas_cumprod[noise.t].unsqueeze(-1), schedule.sigmas[noise.t].unsqueeze(-1)
-        diffused = DiffusedActions(batch.actions, noisy_actions, eps.detach(), signal, sigma)
-
-        query_actions, weight = SCORE_TARGETS[self.score_target](diffused)
-        q_gradient = self._q_gradient(batch, query_actions)
-        eps_target = -weight * self._q_gradient_scale(q_gradient) * q_gradient
-
-        loss = noise_prediction_loss(eps, eps_target)
-        self._check_finite("actor loss", loss)
-        self.actor.optimizer.zero_grad()
-        loss.backward()
-        self.actor.optimizer.step()
-        return {"actor_loss": loss.detach(), "q_grad": q_gradient.abs().mean(), "score_target": eps_target.abs().mean()}
-
-    def _q_gradient(self, batch: ReplayBufferSamples, actions: th.Tensor) -> th.Tensor:
-        """Action gradient of the combined critics; neither the critics nor the sampler receive a gradient from it."""
-        critic = self.critic_target if self.gradient_critic == "target" else self.critic
-        reduce = CRITIC_REDUCTIONS[self.critic_reduction]
+    def _update_critic(self, batch: ReplayBufferSamples, noise: UpdateNoise) -> Metrics:
+        """One step on sum_i mean (Q_i(s, a) - y)^2 with y = r + gamma (1 - d) min_i Q_target_i(s', a'), a' ~ pi(s')."""
+        features = self.critic.features(batch.observations)
         with th.no_grad():
-            features = critic.features(batch.observations)
-        return action_gradient(lambda a: reduce(critic.q_values(features, a)), actions)
+            actor_next_features = self.actor.features(batch.next_observations)
+            critic_next_features = self.critic_target.features(batch.next_observations)
+        metrics = self._critic_gradients(
+            features,
+            actor_next_features,
+            critic_next_features,
+            self._transitions(batch),
+            noise,
+            self.target_policy_noise,
+        )
+        self._check_finite("critic_loss", metrics)
+        self.critic.optimizer.step()
+        return metrics
 
-    def _q_gradient_scale(self, q_gradient: th.Tensor) -> th.Tensor | float:
-        """The fixed M_q, or 1 / (lambda times the running mean of the gradient's magnitude)."""
-        self.q_grad_norm = running_gradient_norm(self.q_grad_norm, q_gradient)
-        return self.q_grad_coef if self.q_grad_coef is not None else 1.0 / (self.temperature * self.q_grad_norm)
+    def _update_actor(self, batch: ReplayBufferSamples, noise: UpdateNoise) -> Metrics:
+        """One step on mean || eps(s, a_t, t) - eps* ||^2, where eps* is the scaled action gradient of the critics."""
+        features = self.actor.features(batch.observations)
+        with th.no_grad():
+            critic_features = self._gradient_critic().features(batch.observations)
+        metrics = self._actor_gradients(
+            features,
+            critic_features,
+            batch.actions,
+            noise,
+            self.q_grad_norm,
+            th.tensor(float(self.temperature), device=self.device),
+            None if self.q_grad_coef is None else th.tensor(float(self.q_grad_coef), device=self.device),
+        )
+        self._check_finite("actor_loss", metrics)
+        self.actor.optimizer.step()
+        self.q_grad_norm.copy_(metrics["q_grad_norm"])
+        return metrics
 
     def _update_target(self) -> None:
         """Polyak update of the target critics; running statistics are copied."""
         with th.no_grad():
-            targets = list(self.critic_target.parameters())
-            th._foreach_lerp_(targets, list(self.critic.parameters()), self.tau)
+            th._foreach_lerp_(tuple(self.critic_target.parameters()), tuple(self.critic.parameters()), self.tau)
             polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
 
-    def _check_finite(self, name: str, loss: th.Tensor) -> None:
+    def _check_finite(self, name: str, metrics: Metrics) -> None:
         """
         Stop before a step would destroy the parameters. On a GPU the look would wait for the device, so there it is left to
         :meth:`_log`, once for each call of ``train``.
         """
-        if loss.device.type == "cpu" and not math.isfinite(loss.item()):
-            raise ValueError(self._non_finite_message(name, loss.item()))
+        if metrics[name].device.type == "cpu":
+            self._require_finite(name, metrics[name].item())
 
-    def _non_finite_message(self, name: str, value: Any) -> str:
-        return (
-            f"The {name} is {value} at environment step {self.num_timesteps}, gradient step {self._n_updates}: check the "
-            "scale of rewards and observations and the learning rate. The model and the replay buffer can still be saved."
-        )
+    def _require_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{name} is {value} at environment step {self.num_timesteps}, gradient step {self._n_updates}: check the "
+                "scale of rewards and observations and the learning rate. Model and replay buffer can still be saved."
+            )
 
-    def _log(self, metrics: list[dict[str, th.Tensor]]) -> None:
+    def _log(self, metrics: list[Metrics]) -> None:
         """Average the metrics over the gradient steps and move them off the device in one piece."""
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         names = list(dict.fromkeys(name for step in metrics for name in step))
@@ -478,8 +448,8 @@ class QSM(OffPolicyAlgorithm):
             return
         means = th.stack([th.stack([step[name] for step in metrics if name in step]).mean() for name in names]).tolist()
         for name, mean in zip(names, means, strict=True):
-            if name.endswith("loss") and not math.isfinite(mean):
-                raise ValueError(self._non_finite_message(name.replace("_", " "), mean))
+            if name.endswith("loss"):
+                self._require_finite(name, mean)
             self.logger.record(f"train/{name}", mean)
 
     def _sample_action(
@@ -509,7 +479,16 @@ class QSM(OffPolicyAlgorithm):
         )
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "batch_norm_stats", "batch_norm_stats_target"]
+        return [
+            *super()._excluded_save_params(),
+            "actor",
+            "critic",
+            "critic_target",
+            "batch_norm_stats",
+            "batch_norm_stats_target",
+            "_critic_gradients",
+            "_actor_gradients",
+        ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "actor.optimizer", "critic.optimizer"], ["q_grad_norm"]

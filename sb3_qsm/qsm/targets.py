@@ -74,6 +74,8 @@ def action_gradient(q_fn: Callable[[th.Tensor], th.Tensor], actions: th.Tensor) 
     :param actions: Where to take the gradient
     :return: The gradient, without a graph, shape ``(batch, action_dim)``
     """
+    if th.compiler.is_compiling():
+        return th.func.grad(lambda a: q_fn(a).sum())(actions.detach())
     with th.enable_grad():
         actions = actions.detach().requires_grad_(True)
         (gradient,) = th.autograd.grad(q_fn(actions).sum(), actions)

@@ -1,0 +1,94 @@
+"""
+Linear layers that take the faster of PyTorch's two matrix libraries.
+
+PyTorch multiplies float32 matrices with Intel's MKL, which leaves half of the speed of AMD processors with AVX-512 unused;
+oneDNN, which PyTorch ships beside it, does not (``benchmarks/results/speed/techniques.md``). Its operator is the one that
+``torch.compile`` inserts when it freezes a network. Where it is not there, or not faster, the layers are ordinary ones.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch as th
+import torch.nn.functional as F
+from torch import nn
+
+#: Below these sizes the call costs more than the product
+MIN_ROWS = 16
+MIN_WEIGHTS = 1024
+
+
+@cache
+def prefers_onednn() -> bool:
+    """
+    :return: Whether oneDNN multiplies float32 matrices faster than MKL on this machine: AMD processors with AVX-512
+    """
+    if not (th.backends.mkldnn.is_available() and hasattr(th.ops.mkldnn, "_linear_pointwise")):
+        return False
+    if th.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
+
+
+def _matmul(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None = None) -> th.Tensor:
+    """x @ weight.T + bias by oneDNN; the matrices may be transposed."""
+    if weight.shape[0] * weight.shape[1] < MIN_WEIGHTS or x.shape[0] < MIN_ROWS:
+        return F.linear(x, weight, bias)
+    if weight.stride(0) != 1:
+        weight = weight.contiguous()  # a part of a matrix would take oneDNN's slow general path
+    product: th.Tensor = th.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
+class _OneDnnLinear(th.autograd.Function):
+    """Linear layer and its gradient by oneDNN, for float32 matrices on the CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return _matmul(x, weight, bias)
+
+    @staticmethod
+    @th.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: th.Tensor) -> tuple[th.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            _matmul(grad, weight.t()) if needs_x else None,
+            _matmul(grad.t(), x.t()) if needs_weight else None,
+            grad.sum(0) if needs_bias and ctx.has_bias else None,
+        )
+
+
+def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None = None) -> th.Tensor:
+    """
+    The same function as :func:`torch.nn.functional.linear`.
+
+    :param x: Input, shape ``(batch, in)``
+    :param weight: Weight, shape ``(out, in)``
+    :param bias: Bias, shape ``(out,)``, or None
+    :return: Output, shape ``(batch, out)``
+    """
+    if (
+        x.dim() == 2
+        and x.shape[0] >= MIN_ROWS
+        and x.device.type == "cpu"
+        and x.dtype == th.float32
+        and weight.dtype == th.float32
+        and not th.compiler.is_compiling()
+        and prefers_onednn()
+    ):
+        if th.is_grad_enabled():
+            return _OneDnnLinear.apply(x, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+        return _matmul(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """:class:`torch.nn.Linear` with :func:`linear`."""
+
+    def forward(self, input: th.Tensor) -> th.Tensor:
+        return linear(input, self.weight, self.bias)

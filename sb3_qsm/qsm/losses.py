@@ -1,0 +1,230 @@
+"""
+The two losses of Algorithm 1 (arXiv 2312.11752), from parameters, batch and noise to a scalar.
+
+They are modules so that the networks are found by name: ordinary autograd differentiates them as they are, and
+``torch.func.functional_call`` as functions of their parameters, which is what gets compiled.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch as th
+from torch import nn
+
+from sb3_qsm.common.losses import critic_loss, noise_prediction_loss, td_target
+from sb3_qsm.common.policies import DiffusionActor, QCritic
+from sb3_qsm.qsm.targets import (
+    CRITIC_REDUCTIONS,
+    SCORE_TARGETS,
+    DiffusedActions,
+    action_gradient,
+    running_gradient_norm,
+)
+
+Metrics = dict[str, th.Tensor]
+
+
+class UpdateNoise(NamedTuple):
+    """
+    Every random number of one gradient step besides the choice of the batch.
+
+    :param latent: Latent a_T of the next action, shape ``(batch, action_dim)``
+    :param chain: Noise of its reverse process, shape ``(T, batch, action_dim)``
+    :param target: Target-policy noise, standard normal, shape ``(batch, action_dim)``
+    :param eps: Noise of the forward process, shape ``(batch, action_dim)``
+    :param t: Diffusion steps in 0..T-1, int64, shape ``(batch,)``
+    """
+
+    latent: th.Tensor
+    chain: th.Tensor
+    target: th.Tensor
+    eps: th.Tensor
+    t: th.Tensor
+
+
+class Transitions(NamedTuple):
+    """
+    A replayed batch; the observations have gone through the features extractors.
+
+    :param actions: Scaled actions, shape ``(batch, action_dim)``
+    :param rewards: Rewards, shape ``(batch, 1)``
+    :param dones: Terminations, shape ``(batch, 1)``
+    :param discounts: gamma, a scalar, or gamma to the n, shape ``(batch, 1)``
+    """
+
+    actions: th.Tensor
+    rewards: th.Tensor
+    dones: th.Tensor
+    discounts: th.Tensor
+
+
+class CriticLoss(nn.Module):
+    r"""
+    Regression of the critics on :math:`y = r + \gamma (1 - d) \min_i \bar Q_i(s', a')` with :math:`a' \sim \pi(s')`.
+
+    :param actor: Diffusion actor
+    :param critic: Critics
+    :param critic_target: Target critics
+    """
+
+    def __init__(self, actor: DiffusionActor, critic: QCritic, critic_target: QCritic) -> None:
+        super().__init__()
+        self.actor, self.critic, self.critic_target = actor, critic, critic_target
+
+    @th.no_grad()
+    def next_actions(self, next_features: th.Tensor, noise: UpdateNoise, target_policy_noise: float = 0.0) -> th.Tensor:
+        """
+        a' ~ pi(s') plus target-policy noise, clipped to [-1, 1].
+
+        :param next_features: The actor's features of s', shape ``(batch, features_dim)``
+        :param noise: Random numbers of the update
+        :param target_policy_noise: Standard deviation of the noise on the action
+        :return: Scaled actions, shape ``(batch, action_dim)``
+        """
+        next_actions = self.actor.sample(next_features, noise.latent, noise.chain)
+        if target_policy_noise > 0:
+            next_actions = (next_actions + target_policy_noise * noise.target).clamp(-1.0, 1.0)
+        return next_actions
+
+    @th.no_grad()
+    def targets(self, next_features: th.Tensor, next_actions: th.Tensor, batch: Transitions) -> th.Tensor:
+        """
+        :param next_features: The target critics' features of s', shape ``(batch, features_dim)``
+        :param next_actions: a', shape ``(batch, action_dim)``
+        :param batch: Replayed batch
+        :return: y, shape ``(batch,)``
+        """
+        next_q_values = self.critic_target.q_values(next_features, next_actions)
+        return td_target(batch.rewards, batch.dones, batch.discounts, next_q_values)
+
+    def forward(
+        self,
+        features: th.Tensor,
+        actor_next_features: th.Tensor,
+        critic_next_features: th.Tensor,
+        batch: Transitions,
+        noise: UpdateNoise,
+        target_policy_noise: float = 0.0,
+    ) -> tuple[th.Tensor, Metrics]:
+        """
+        :param features: The critics' features of s, shape ``(batch, features_dim)``
+        :param actor_next_features: The actor's features of s'
+        :param critic_next_features: The target critics' features of s'
+        :param batch: Replayed batch
+        :param noise: Random numbers of the update
+        :param target_policy_noise: Standard deviation of the noise on the next action
+        :return: Loss summed over the critics, and metrics
+        """
+        next_actions = self.next_actions(actor_next_features, noise, target_policy_noise)
+        target_q_values = self.targets(critic_next_features, next_actions, batch)
+        q_values = self.critic.q_values(features, batch.actions)
+        loss = critic_loss(q_values, target_q_values)
+        return loss, {
+            "critic_loss": loss.detach(),
+            "q_mean": q_values.detach().mean(),
+            "action_saturation": (next_actions.abs() > 0.999).float().mean(),
+        }
+
+
+class ActorLoss(nn.Module):
+    r"""
+    Q-score matching, :math:`\| \epsilon_\theta(s, a_t, t) - \epsilon^* \|^2` with
+    :math:`\epsilon^* = -w_t c \nabla_a Q(s, q)`: neither the critics nor the sampler receive a gradient.
+
+    :param actor: Diffusion actor
+    :param critic: Critics whose action gradient is followed
+    :param score_target: One of :data:`SCORE_TARGETS`, which gives q and w_t
+    :param critic_reduction: One of :data:`CRITIC_REDUCTIONS`
+    """
+
+    def __init__(self, actor: DiffusionActor, critic: QCritic, score_target: str, critic_reduction: str) -> None:
+        super().__init__()
+        self.actor, self.critic = actor, critic
+        self.score_target = SCORE_TARGETS[score_target]
+        self.reduce = CRITIC_REDUCTIONS[critic_reduction]
+
+    def q_gradient(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        :param features: The critics' features of s, shape ``(batch, features_dim)``
+        :param actions: Where to take the gradient, shape ``(batch, action_dim)``
+        :return: Gradient of the combined critics in the action, without a graph
+        """
+        return action_gradient(lambda a: self.reduce(self.critic.q_values(features, a)), actions)
+
+    def forward(
+        self,
+        features: th.Tensor,
+        critic_features: th.Tensor,
+        actions: th.Tensor,
+        noise: UpdateNoise,
+        q_grad_norm: th.Tensor,
+        temperature: th.Tensor,
+        q_grad_coef: th.Tensor | None,
+    ) -> tuple[th.Tensor, Metrics]:
+        """
+        :param features: The actor's features of s, shape ``(batch, features_dim)``
+        :param critic_features: The critics' features of s, shape ``(batch, features_dim)``
+        :param actions: Replayed actions, shape ``(batch, action_dim)``
+        :param noise: Random numbers of the update
+        :param q_grad_norm: Running mean of the gradient's magnitude, a scalar
+        :param temperature: Temperature on the scale-free form, a scalar
+        :param q_grad_coef: Fixed factor (the paper's M_q) in place of the scale-free form, a scalar
+        :return: Loss, and metrics with the new running mean
+        """
+        schedule = self.actor.schedule
+        noisy_actions = schedule.add_noise(actions, noise.eps, noise.t)
+        eps = self.actor.predict_noise(features, noisy_actions, noise.t)
+
+        signal, sigma = schedule.sqrt_alphas_cumprod[noise.t].unsqueeze(-1), schedule.sigmas[noise.t].unsqueeze(-1)
+        query_actions, weight = self.score_target(DiffusedActions(actions, noisy_actions, eps.detach(), signal, sigma))
+        q_gradient = self.q_gradient(critic_features, query_actions)
+        q_grad_norm = running_gradient_norm(q_grad_norm, q_gradient)
+        scale = 1.0 / (temperature * q_grad_norm) if q_grad_coef is None else q_grad_coef
+        eps_target = -weight * scale * q_gradient
+
+        loss = noise_prediction_loss(eps, eps_target)
+        return loss, {
+            "actor_loss": loss.detach(),
+            "q_grad": q_gradient.abs().mean(),
+            "score_target": eps_target.abs().mean(),
+            "q_grad_norm": q_grad_norm,
+        }
+
+
+class Gradients:
+    """
+    Gradients of a loss module in the parameters of an optimizer, eager or compiled.
+
+    :param loss: :class:`CriticLoss` or :class:`ActorLoss`
+    :param optimizer: Optimizer that holds the parameters
+    :param compiled: Whether to compile loss and gradient into one graph; the features then must not carry a gradient
+    """
+
+    def __init__(self, loss: nn.Module, optimizer: th.optim.Optimizer, compiled: bool) -> None:
+        self.loss = loss
+        wanted = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        self.parameters = {name: parameter for name, parameter in loss.named_parameters() if id(parameter) in wanted}
+        self.function = th.compile(self._functional, fullgraph=True, dynamic=False) if compiled else self._autograd
+
+    def _autograd(self, parameters: dict[str, nn.Parameter], *args: Any) -> tuple[dict[str, th.Tensor], Metrics]:
+        loss, metrics = self.loss(*args)
+        gradients = th.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        return dict(zip(parameters, gradients, strict=True)), metrics
+
+    def _functional(self, parameters: dict[str, th.Tensor], *args: Any) -> tuple[dict[str, th.Tensor], Metrics]:
+        # One graph with the backward pass in it: nothing is saved between the two passes
+        loss = functools.partial(th.func.functional_call, self.loss)
+        gradients, metrics = th.func.grad(loss, has_aux=True)(parameters, args)
+        return gradients, metrics
+
+    def __call__(self, *args: Any) -> Metrics:
+        """
+        Put the gradients of the loss in ``parameter.grad``.
+
+        :param args: Arguments of the loss
+        :return: Metrics of the loss
+        """
+        gradients, metrics = self.function(self.parameters, *args)
+        for name, parameter in self.parameters.items():
+            parameter.grad = gradients[name]
+        return metrics

@@ -1,0 +1,418 @@
+"""The ``sb3-qsm`` command: rl_zoo3's subcommands with this package's algorithms."""
+
+import argparse
+import contextlib
+import difflib
+import importlib
+import importlib.util
+import os
+import re
+import runpy
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import gymnasium as gym
+import optuna
+import yaml
+
+from sb3_qsm import __version__
+from sb3_qsm.common.checkpoint import CheckpointError, read_info
+from sb3_qsm.zoo import shims
+from sb3_qsm.zoo.errors import UserError
+from sb3_qsm.zoo.hyperparams import hyperparams_file
+from sb3_qsm.zoo.registry import ALGORITHMS, register
+from sb3_qsm.zoo.storage import open_storage
+
+DEFAULT_ALGORITHM = "qsm"
+DEFAULT_CHECKPOINT_FREQ = 25_000
+DEFAULT_HEARTBEAT = 60
+# Prints the traceback that an error's one line leaves out
+TRACEBACK_VARIABLE = "SB3_QSM_TRACEBACK"
+
+COMMANDS = {
+    "train": "train an agent, tune hyperparameters with Optuna (-optimize), or go on with a killed run (--resume)",
+    "enjoy": "let a trained agent act, on the screen or with --no-render",
+    "record_video": "film a trained agent",
+    "record_training": "film every checkpoint of a training and join the videos",
+    "plot_train": "plot the returns of the training episodes",
+    "all_plots": "plot the evaluations of several runs, print a table, write them to a file",
+    "plot_from_file": "plot what all_plots wrote",
+    "benchmark": "evaluate all trained agents in a folder and write a table",
+    "push_to_hub": "upload a trained agent to the Hugging Face Hub",
+    "load_from_hub": "download a trained agent from the Hugging Face Hub",
+}
+# rl_zoo3's other subcommands are scripts
+_FUNCTIONS = {
+    "train": ("rl_zoo3.train", "train"),
+    "enjoy": ("rl_zoo3.enjoy", "enjoy"),
+    "plot_train": ("rl_zoo3.plots.plot_train", "plot_train"),
+    "all_plots": ("rl_zoo3.plots.all_plots", "all_plots"),
+    "plot_from_file": ("rl_zoo3.plots.plot_from_file", "plot_from_file"),
+}
+_PLOTS = ("plot_train", "all_plots", "plot_from_file")
+_PLAYS = ("enjoy", "record_video", "push_to_hub")
+# Packages that bring environments and tell gymnasium so only when they are imported
+_ENV_PACKAGES = ("shimmy", "gymnasium_robotics")
+# Options that a resumed run may change: they do not touch what is computed
+_RESUME_OPTIONS = ("resume", "checkpoint_freq", "keep_checkpoint", "device", "num_threads", "verbose", "progress")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run a subcommand.
+
+    :param argv: Arguments; those of the process if None
+    :return: Exit status
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help(), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"sb3-qsm {__version__}")
+        return 0
+    command = arguments.pop(0)
+    try:
+        if command not in COMMANDS:
+            near = difflib.get_close_matches(command, COMMANDS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"unknown subcommand {command!r}{hint} (known ones: {', '.join(COMMANDS)})")
+        _run(command, arguments)
+    except (UserError, ValueError, AssertionError, OSError, ImportError) as error:
+        # rl_zoo3 and SB3 raise the last four for what a user gave; an assertion without a message is a mistake of a programmer
+        if os.environ.get(TRACEBACK_VARIABLE) or (isinstance(error, AssertionError) and not str(error)):
+            raise
+        name = "" if isinstance(error, (UserError, ValueError, AssertionError)) else f"{type(error).__name__}: "
+        prefix = f"sb3-qsm {command}" if command in COMMANDS else "sb3-qsm"
+        print(f"{prefix}: error: {name}{_one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    return 0
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    return f"""usage: sb3-qsm SUBCOMMAND [OPTION ...]
+
+The command line of rl_zoo3 with the algorithms of sb3_qsm ({", ".join(ALGORITHMS)}).
+
+subcommands:
+{lines}
+
+  sb3-qsm SUBCOMMAND --help lists the options. Without --algo the algorithm is {DEFAULT_ALGORITHM}; the algorithms of
+  rl_zoo3 work as they do there. {TRACEBACK_VARIABLE}=1 in the environment shows the traceback of an error."""
+
+
+def _one_line(error: BaseException) -> str:
+    return re.sub(r"\s*\n\s*", " ", str(error).strip()) or type(error).__name__
+
+
+def _run(command: str, arguments: list[str]) -> None:
+    shims.mend_hub()
+    register()
+    options = _Options(command)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(sys, "argv", [f"sb3-qsm {command}", *arguments]))
+        stack.enter_context(_hooked_parser(options))
+        stack.enter_context(shims.own_subprocesses())
+        stack.enter_context(shims.ffmpeg_on_path())
+        if command in _PLAYS:
+            stack.enter_context(shims.small_replay_buffers(ALGORITHMS))
+        if command in _PLOTS:
+            stack.enter_context(options.figures_to_files())
+        if command == "train":
+            from sb3_qsm.zoo.manager import ZooExperimentManager
+
+            train = importlib.import_module("rl_zoo3.train")
+            stack.enter_context(mock.patch.object(train, "ExperimentManager", ZooExperimentManager))
+        if command in _FUNCTIONS:
+            module, function = _FUNCTIONS[command]
+            getattr(importlib.import_module(module), function)()
+        else:
+            # A fresh module, since the scripts run when imported or under __main__ only
+            sys.modules.pop(f"rl_zoo3.{command}", None)
+            runpy.run_module(f"rl_zoo3.{command}", run_name="__main__")
+
+
+@contextlib.contextmanager
+def _hooked_parser(options: "_Options") -> Iterator[None]:
+    """
+    Give the next argument parser, which is the subcommand's, our defaults and checks.
+
+    The parser is rl_zoo3's own, so that all its options, their abbreviations and its --help stay as they are.
+    """
+    original = argparse.ArgumentParser
+
+    class Parser(original):  # type: ignore[valid-type, misc]
+        def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+            # Other parsers, if any, are not ours
+            argparse.ArgumentParser = original  # type: ignore[misc]
+            self.prog = f"sb3-qsm {options.command}"
+            options.prepare(self)
+            try:
+                parsed: argparse.Namespace = super().parse_args(args, namespace)
+            except (NameError, SyntaxError, TypeError) as error:
+                # rl_zoo3 evaluates NAME:VALUE
+                raise UserError(f"values in NAME:VALUE must be Python expressions: {error}") from error
+            return options.check(self, parsed)
+
+        def error(self, message: str) -> Any:
+            raise UserError(message)
+
+    with mock.patch.object(argparse, "ArgumentParser", Parser):
+        yield
+
+
+class _Options:
+    """
+    Options of one subcommand: what is added to rl_zoo3's, which defaults change, and what is refused.
+
+    :param command: Name of the subcommand
+    """
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+        self.figures: str | None = None
+
+    def prepare(self, parser: argparse.ArgumentParser) -> None:
+        """
+        Change defaults and add options.
+
+        :param parser: rl_zoo3's parser
+        """
+        for action in parser._actions:
+            if action.dest == "algo":
+                action.default, action.required = DEFAULT_ALGORITHM, False
+                action.help = f"RL algorithm (default: {DEFAULT_ALGORITHM})"
+            elif action.dest == "algos":
+                action.default = [DEFAULT_ALGORITHM]
+            elif (self.command, action.dest) in (
+                ("all_plots", "env"),
+                ("all_plots", "exp_folders"),
+                ("plot_from_file", "input"),
+            ):
+                # rl_zoo3 fails later without them
+                action.required = True
+        if self.command == "train":
+            group = parser.add_argument_group("sb3-qsm")
+            group.add_argument(
+                "--resume", metavar="LOGDIR", help="go on with the run in this folder, as if it had not been killed"
+            )
+            group.add_argument(
+                "--checkpoint-freq",
+                type=int,
+                metavar="N",
+                help="write a checkpoint to resume from every N steps; negative: none "
+                f"(default: {DEFAULT_CHECKPOINT_FREQ} with {', '.join(ALGORITHMS)}, none with other algorithms)",
+            )
+            group.add_argument(
+                "--keep-checkpoint",
+                action="store_true",
+                help="keep the checkpoint, with the replay buffer, when the run is finished",
+            )
+            group.add_argument(
+                "--heartbeat",
+                type=int,
+                default=DEFAULT_HEARTBEAT,
+                metavar="SECONDS",
+                help="how often a worker on a study in a database gives a sign of life; its trial counts as failed after two "
+                f"missed ones; 0: never (default: {DEFAULT_HEARTBEAT})",
+            )
+        if self.command in _PLOTS:
+            group = parser.add_argument_group("sb3-qsm")
+            group.add_argument("--save-figures", metavar="FOLDER", help="write the figures as PNG instead of showing them")
+
+    def check(self, parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+        """
+        Check what can be checked before anything is written.
+
+        :param parser: The parser
+        :param args: What it read
+        :return: What rl_zoo3 shall read
+        :raises UserError: naming the argument, its value and what is allowed
+        """
+        if self.command == "train":
+            args = self._check_train(parser, args)
+        if hasattr(args, "env") and isinstance(args.env, str):
+            _check_env(args)
+        if getattr(args, "folder", None) == "rl-trained-agents" and args.algo in ALGORITHMS:
+            # rl_zoo3's default is its collection of agents, of other algorithms
+            args.folder = "logs"
+        if self.command == "benchmark" and not Path(args.log_dir).is_dir():
+            raise UserError(f"argument --log-dir: {args.log_dir!r} is no folder")
+        self.figures = getattr(args, "save_figures", None)
+        if self.figures is not None:
+            _check_writable("--save-figures", self.figures)
+        return args
+
+    def _check_train(self, parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+        if args.resume is not None:
+            args = _resumed(parser, args)
+        if args.checkpoint_freq is None:
+            args.checkpoint_freq = DEFAULT_CHECKPOINT_FREQ if args.algo in ALGORITHMS else -1
+        if args.heartbeat < 0:
+            raise UserError(f"argument --heartbeat: must be a number of seconds >= 0, got {args.heartbeat}")
+        if args.resume is not None:
+            return args
+        if args.trained_agent and not (args.trained_agent.endswith(".zip") and os.path.isfile(args.trained_agent)):
+            raise UserError(f"argument --trained-agent: {args.trained_agent!r} is not a file that ends in .zip")
+        _choose_conf_file(args)
+        _check_conf_file(args.conf_file)
+        _check_writable("--log-folder", args.log_folder)
+        if args.storage is not None:
+            storage = open_storage(args.storage)
+            if args.study_name is not None and not args.optimize_hyperparameters:
+                _check_trial(args, storage)
+        return args
+
+    @contextlib.contextmanager
+    def figures_to_files(self) -> Iterator[None]:
+        """Let ``pyplot.show()`` write files if the user asked for them."""
+        pyplot = importlib.import_module("matplotlib.pyplot")
+        show: Callable[..., None] = pyplot.show
+
+        def save(*args: Any, **kwargs: Any) -> None:
+            if self.figures is None:
+                show(*args, **kwargs)
+                return
+            for number in pyplot.get_fignums():
+                figure = pyplot.figure(number)
+                name = re.sub(r"[^\w.-]+", "_", figure.get_label()) or f"figure_{number}"
+                file = Path(self.figures) / f"{name}.png"
+                figure.savefig(file, dpi=150)
+                print(f"Saved {file}")
+            pyplot.close("all")
+
+        with mock.patch.object(pyplot, "show", save):
+            yield
+
+
+def _resumed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments that the run was started with."""
+    given = sorted(name for name, value in vars(args).items() if value != parser.get_default(name))
+    refused = [name for name in given if name not in _RESUME_OPTIONS]
+    if refused:
+        raise UserError(
+            f"argument --resume: the run goes on with its own settings, so --{refused[0].replace('_', '-')} cannot be given; "
+            f"allowed are {', '.join('--' + name.replace('_', '-') for name in _RESUME_OPTIONS[1:])}"
+        )
+    folder = Path(args.resume)
+    if not folder.is_dir():
+        raise UserError(f"argument --resume: {args.resume!r} is no folder")
+    files = sorted(folder.glob("*/args.yml"))
+    if len(files) != 1 or not (files[0].parent / "config.yml").is_file():
+        raise UserError(f"argument --resume: {args.resume!r} is not the folder of one run of sb3-qsm train (LOGS/ALGO/ENV_1)")
+    with open(files[0]) as file:
+        # As rl_zoo3 reads it; the file is as trustworthy as the pickled checkpoint beside it
+        saved = dict(yaml.load(file, Loader=yaml.UnsafeLoader))
+    try:
+        info = read_info(folder)
+    except CheckpointError as error:
+        final = folder / f"{files[0].parent.name}.zip"
+        hint = f"; the run is finished, train on with --trained-agent {final}" if final.is_file() else ""
+        raise UserError(f"argument --resume: {error}{hint}") from error
+    algorithm = ALGORITHMS[saved["algo"]].algorithm.__name__ if saved.get("algo") in ALGORITHMS else None
+    if algorithm is not None and info["algorithm"] != algorithm:
+        raise UserError(
+            f"argument --resume: {args.resume!r} is a run of {algorithm}, its checkpoint one of {info['algorithm']}"
+        )
+    merged = {**vars(args), **saved, **{name: getattr(args, name) for name in given}, "resume": args.resume}
+    return argparse.Namespace(**merged)
+
+
+def _check_env(args: argparse.Namespace) -> None:
+    """
+    Refuse an unknown environment before rl_zoo3 looks for its files.
+
+    :param args: Arguments
+    """
+    for package in getattr(args, "gym_packages", []):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise UserError(f"argument --gym-packages: cannot import {package!r}: {error}") from error
+    env_id = str(getattr(args.env, "gym_id", args.env))
+    if env_id in gym.registry:
+        return
+    for package in _ENV_PACKAGES:
+        if importlib.util.find_spec(package) is not None:
+            gym.register_envs(importlib.import_module(package))
+    if env_id not in gym.registry:
+        near = difflib.get_close_matches(env_id, list(gym.registry), n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(
+            f"argument --env: unknown environment {env_id!r}{hint} (--gym-packages names packages that bring environments)"
+        )
+
+
+def _choose_conf_file(args: argparse.Namespace) -> None:
+    """
+    Our file for our algorithms, and shipped files by their name.
+
+    :param args: Arguments
+    """
+    if args.conf_file is None:
+        if args.algo in ALGORITHMS:
+            args.conf_file = str(hyperparams_file(args.algo))
+        return
+    if not os.path.exists(args.conf_file):
+        with contextlib.suppress(FileNotFoundError):
+            args.conf_file = str(hyperparams_file(args.conf_file))
+
+
+def _check_conf_file(name: str | None) -> None:
+    """
+    Refuse a file that is not YAML of the right shape. Python files and packages are left to rl_zoo3.
+
+    :param name: Path
+    """
+    if name is None or not name.endswith((".yml", ".yaml")):
+        return
+    try:
+        with open(name) as file:
+            content = yaml.safe_load(file)
+    except OSError as error:
+        raise UserError(f"argument --conf-file: cannot read {name!r}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        raise UserError(f"argument --conf-file: {name!r} is no YAML{where}: {getattr(error, 'problem', error)}") from error
+    if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
+        raise UserError(f"argument --conf-file: {name!r} must map environments (or 'default') to hyperparameters")
+
+
+def _check_writable(argument: str, folder: str) -> None:
+    """
+    Refuse a folder that nothing can be written to.
+
+    :param argument: Name of the argument, for the message
+    :param folder: Folder, created if needed
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"argument {argument}: cannot write to {folder!r}: {error.strerror}") from error
+
+
+def _check_trial(args: argparse.Namespace, storage: Any) -> None:
+    """
+    Refuse a study or a trial that is not there.
+
+    :param args: Arguments
+    :param storage: The storage
+    """
+    names = optuna.get_all_study_names(storage)
+    if args.study_name not in names:
+        there = ", ".join(sorted(names)) or "none"
+        raise UserError(f"argument --study-name: no study {args.study_name!r} in the storage; there: {there}")
+    if args.trial_id is None:
+        raise UserError("argument --trial-id: which trial of the study shall be trained? (or -optimize to work on the study)")
+    number = len(optuna.load_study(study_name=args.study_name, storage=storage).trials)
+    if not 0 <= args.trial_id < number:
+        raise UserError(f"argument --trial-id: study {args.study_name!r} has trials 0 to {number - 1}, got {args.trial_id}")

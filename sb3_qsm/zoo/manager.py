@@ -1,0 +1,288 @@
+"""rl_zoo3's experiment manager, with checkpoints, resuming, checks of what the user gave, and studies that survive workers."""
+
+import difflib
+import inspect
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+from filelock import FileLock, Timeout
+from optuna.storages._heartbeat import is_heartbeat_enabled
+from optuna.trial import TrialState
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.utils import ALGOS
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_qsm.common.checkpoint import CHECKPOINT_NAME, RunCheckpointCallback, resume
+from sb3_qsm.qsm.qsm import CosineDecay
+from sb3_qsm.zoo.errors import UserError
+from sb3_qsm.zoo.registry import ALGORITHMS
+from sb3_qsm.zoo.storage import fail_dead_trials, mark_worker, studies_with_heartbeat
+
+# What rl_zoo3 itself takes out of the hyperparameters
+_ZOO_NAMES = (
+    "callback",
+    "env_kwargs",
+    "env_wrapper",
+    "frame_stack",
+    "monitor_kwargs",
+    "n_envs",
+    "n_timesteps",
+    "noise_std",
+    "noise_type",
+    "normalize",
+    "policy",
+    "vec_env_wrapper",
+)
+# Arguments of the class that rl_zoo3 passes on from the command line
+_COMMAND_LINE_NAMES = ("self", "env", "policy", "verbose", "seed", "device", "tensorboard_log", "_init_setup_model")
+
+
+class ZooExperimentManager(ExperimentManager):
+    """
+    Takes the place of rl_zoo3's manager in ``sb3-qsm train``. Its additional settings are ``args.resume``,
+    ``args.checkpoint_freq`` and ``args.heartbeat``.
+    """
+
+    run_folder: Path | None = None
+    """Folder of the run that goes on"""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._monitor_kwargs: dict[str, Any] = {}
+        super().__init__(*args, **kwargs)
+        if self.args.resume is not None:
+            self.run_folder = Path(self.args.resume)
+            self.save_path = str(self.run_folder)
+            self.params_path = str(self.run_folder / self.env_name)
+            self.continue_training = True
+        self.lock: FileLock | None = None
+
+    # rl_zoo3 sets this attribute in several places; none of them may make the monitor files start anew
+    @property
+    def monitor_kwargs(self) -> dict[str, Any]:
+        """Arguments of the Monitor wrapper."""
+        return self._monitor_kwargs if self.run_folder is None else {**self._monitor_kwargs, "override_existing": False}
+
+    @monitor_kwargs.setter
+    def monitor_kwargs(self, value: dict[str, Any]) -> None:
+        self._monitor_kwargs = value
+
+    # --- Hyperparameters
+
+    def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read the hyperparameters of a new run from the configuration, of an old one from its folder, and check the names."""
+        if self.run_folder is not None:
+            with open(Path(self.params_path) / "config.yml") as file:
+                # As rl_zoo3 does it: the file holds Python objects
+                saved = yaml.load(file, Loader=yaml.UnsafeLoader)
+            return dict(saved), saved
+        try:
+            if self.trial_id == 0 and self.storage and self.study_name:
+                # rl_zoo3 2.9.2 takes trial 0 for no trial
+                trial = self.load_trial(self.storage, self.study_name, 0)
+                self.custom_hyperparams = {**trial, **(self.custom_hyperparams or {})}
+            hyperparams, saved = super().read_hyperparameters()
+        except KeyError as error:
+            if self.trial_id is None:
+                raise
+            raise UserError(
+                f"argument --trial-id: trial {self.trial_id} is not one of {self.algo}: it has no {error}"
+            ) from error
+        if self.algo in ALGORITHMS:
+            known = {*_ZOO_NAMES, *constructor_arguments(ALGOS[self.algo]).difference(_COMMAND_LINE_NAMES)}
+            check_names(f"hyperparameter of {self.algo}", hyperparams, known, f" (from {self.config} and -params)")
+        return hyperparams, saved
+
+    def _preprocess_schedules(self, hyperparams: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
+        """Let the actor's learning rate be a schedule too; rl_zoo3 knows the names of the others."""
+        rate = hyperparams.get("actor_learning_rate")
+        if isinstance(rate, str):
+            kind, *numbers = rate.split("_")
+            n_timesteps = self.n_timesteps if self.n_timesteps > 0 else int(hyperparams["n_timesteps"])
+            if kind == "lin" and len(numbers) == 1:
+                hyperparams["actor_learning_rate"] = super()._preprocess_schedules({"learning_rate": rate})["learning_rate"]
+            elif kind == "cosine" and len(numbers) == 2:
+                hyperparams["actor_learning_rate"] = CosineDecay(
+                    float(numbers[0]), n_timesteps, int(float(numbers[1])), hyperparams.get("learning_starts", 0)
+                )
+            else:
+                raise UserError(f"actor_learning_rate {rate!r} is none of NUMBER, lin_NUMBER, cosine_NUMBER_DECAYSTEPS")
+        processed: dict[str, Any] = super()._preprocess_schedules(hyperparams)
+        return processed
+
+    def _preprocess_hyperparams(self, hyperparams: dict[str, Any]) -> Any:
+        policy_name = hyperparams.get("policy")
+        processed = super()._preprocess_hyperparams(hyperparams)
+        policy_kwargs = processed[0].get("policy_kwargs") or {}
+        policy = getattr(ALGOS[self.algo], "policy_aliases", {}).get(policy_name)
+        if self.algo in ALGORITHMS and policy is not None:
+            positional = ("self", "observation_space", "action_space", "lr_schedule")
+            known = constructor_arguments(policy).difference(positional)
+            check_names(f"name in policy_kwargs of {self.algo}'s {policy_name}", policy_kwargs, known)
+        return processed
+
+    # --- One run
+
+    def create_callbacks(self) -> None:
+        """Add the checkpoints to rl_zoo3's callbacks, last, so that they contain the others' newest state."""
+        super().create_callbacks()  # type: ignore[no-untyped-call]
+        if self.optimize_hyperparameters or not self.args.checkpoint_freq or self.args.checkpoint_freq < 0:
+            return
+        if not issubclass(ALGOS[self.algo], OffPolicyAlgorithm):
+            raise UserError(f"argument --checkpoint-freq: {self.algo} is not an off-policy algorithm and cannot be resumed")
+        # Two processes that go on with the same run would write into the same files
+        self.lock = FileLock(str(Path(self.save_path) / ".run.lock"))
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(f"argument --resume: another process is still training in {self.save_path!r}") from error
+        self.callbacks.append(RunCheckpointCallback(self.args.checkpoint_freq, self.save_path, self.verbose))
+
+    def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
+        if self.run_folder is None:
+            agent: BaseAlgorithm = super()._load_pretrained_agent(hyperparams, env)
+            return agent
+        algorithm = ALGOS[self.algo]
+        assert issubclass(algorithm, OffPolicyAlgorithm)
+        model = resume(
+            algorithm, self.run_folder, env, self.device, verbose=self.verbose, tensorboard_log=self.tensorboard_log
+        )
+        print(f"Resuming at step {model.num_timesteps} of {self.n_timesteps}")
+        return model
+
+    def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
+        if self.run_folder is None:
+            super()._save_config(saved_hyperparams)
+        else:
+            # The run's own files stay as they are
+            print(f"Log path: {self.save_path}")
+
+    def learn(self, model: BaseAlgorithm) -> None:
+        """
+        Train, from where the model is.
+
+        :param model: The model
+        """
+        if self.run_folder is None:
+            super().learn(model)
+            return
+        total = self.n_timesteps
+        self.n_timesteps = max(total - model.num_timesteps, 0)
+        super().learn(_Continued(model))  # type: ignore[arg-type]
+        self.n_timesteps = total
+
+    def save_trained_model(self, model: BaseAlgorithm) -> None:
+        """
+        Save the model. The checkpoint of a finished run is of no more use, and as large as the replay buffer.
+
+        :param model: The model
+        """
+        super().save_trained_model(model)
+        if self.lock is not None:
+            if model.num_timesteps >= self.n_timesteps and not self.args.keep_checkpoint:
+                (Path(self.save_path) / CHECKPOINT_NAME).unlink(missing_ok=True)
+            self.lock.release()
+            Path(self.lock.lock_file).unlink(missing_ok=True)
+
+    # --- A study
+
+    def objective(self, trial: optuna.Trial) -> float:
+        """
+        Train and evaluate one sample of hyperparameters.
+
+        :param trial: Optuna's trial
+        :return: Mean return of the last evaluation
+        :raises optuna.exceptions.TrialPruned: if the training diverged
+        """
+        mark_worker(trial)
+        value: float = super().objective(trial)
+        if not math.isfinite(value):
+            # Optuna would count it as failed, and try again without having learned anything
+            print(f"Trial {trial.number} pruned: its return is {value}")
+            raise optuna.exceptions.TrialPruned(f"mean return {value}")
+        return value
+
+    def hyperparameters_optimization(self) -> None:
+        """Work on the study until it has its trials; those that a killed worker left unfinished are done again."""
+        heartbeat: int = self.args.heartbeat
+        while True:
+            with studies_with_heartbeat(heartbeat) as studies:
+                try:
+                    super().hyperparameters_optimization()
+                except ValueError as error:
+                    if studies and not studies[-1].get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+                        raise UserError(f"no trial was completed: {_count_trials(studies[-1])}") from error
+                    raise
+            if self.max_total_trials is None or self.storage is None or not self._lost_trials(studies[-1], heartbeat):
+                return
+            print("Trials of a killed worker are done again")
+
+    @staticmethod
+    def _lost_trials(study: optuna.Study, heartbeat: int) -> int:
+        """Trials whose worker is gone. One killed just now on another machine is known when its sign of life is overdue."""
+        deadline = time.monotonic() + (3 * heartbeat if is_heartbeat_enabled(study._storage) else 0)
+        while True:
+            lost, unknown = fail_dead_trials(study)
+            if lost or not unknown or time.monotonic() >= deadline:
+                return lost
+            time.sleep(min(1.0, heartbeat))
+
+
+class _Continued:
+    """A model whose ``learn`` goes on counting."""
+
+    def __init__(self, model: BaseAlgorithm) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def learn(self, total_timesteps: int, **kwargs: Any) -> BaseAlgorithm:
+        return self._model.learn(total_timesteps, reset_num_timesteps=False, **kwargs)
+
+
+def constructor_arguments(cls: type[BaseAlgorithm] | type[BasePolicy]) -> set[str]:
+    """
+    Names of the arguments of a class, including those that it hands on to its bases.
+
+    :param cls: Class
+    :return: Names
+    """
+    names: set[str] = set()
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+        names.update(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+            break
+    return names
+
+
+def check_names(what: str, given: Iterable[str], known: Iterable[str], where: str = "") -> None:
+    """
+    Refuse names that nothing will read.
+
+    :param what: What the names are, for the message
+    :param given: Names
+    :param known: What is allowed
+    :param where: Where they come from, for the message
+    :raises UserError: naming the first unknown name and the nearest valid one
+    """
+    known = sorted(known)
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise UserError(f"unknown {what}: {name!r}{where}; the nearest valid one is {near[0]!r}")
+
+
+def _count_trials(study: optuna.Study) -> str:
+    states = [trial.state.name.lower() for trial in study.get_trials(deepcopy=False)]
+    return ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states))) or "no trials"
