@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     from stable_baselines3.common.base_class import BaseAlgorithm
 
-CURVE_POINTS = 12
+CURVE_POINTS = 20
 CURVE_EPISODES = 5
 FINAL_EPISODES = 20
 VIDEO_SECONDS = 15
@@ -80,7 +80,7 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Train QSM on one task, evaluate it, draw its learning curve and film it.")
     parser.add_argument("--env", default="InvertedDoublePendulum-v5", help="Gymnasium id (default: %(default)s)")
-    parser.add_argument("--timesteps", type=positive_int, default=15_000, help="steps of training (default: %(default)s)")
+    parser.add_argument("--timesteps", type=positive_int, default=20_000, help="steps of training (default: %(default)s)")
     parser.add_argument("--seed", type=seed_int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument(
         "--out",
@@ -190,10 +190,10 @@ def draw_learning_curve(path: Path, folder: Path, env_id: str, random_return: fl
         axes.plot(episodes[:, 1].cumsum(), episodes[:, 0], ".", markersize=3, color="0.7", label="training episodes (noisy)")
     if (folder / "evaluations.npz").exists():
         evaluations = np.load(folder / "evaluations.npz")
-        mean, std = evaluations["results"].mean(axis=1), evaluations["results"].std(axis=1)
-        axes.fill_between(evaluations["timesteps"], mean - std, mean + std, alpha=0.25, color="C0", linewidth=0)
-        label = f"evaluation, mean ± std of {CURVE_EPISODES} episodes"
-        axes.plot(evaluations["timesteps"], mean, "o-", markersize=4, color="C0", label=label)
+        steps, returns = evaluations["timesteps"], evaluations["results"]
+        axes.fill_between(steps, returns.min(axis=1), returns.max(axis=1), alpha=0.25, color="C0", linewidth=0)
+        label = f"evaluation, mean and range of {CURVE_EPISODES} episodes"
+        axes.plot(steps, returns.mean(axis=1), "o-", markersize=4, color="C0", label=label)
     axes.axhline(random_return, linestyle="--", color="C3", label="random policy")
     axes.set(title=f"QSM on {env_id}", xlabel="environment steps", ylabel="return of an episode")
     axes.grid(alpha=0.3)
