@@ -231,7 +231,7 @@ class RunCheckpointCallback(BaseCallback):
                     f"{str(self.folder)!r} holds a checkpoint of {there}, this is {here}: "
                     "resume from it or take another folder"
                 )
-            if self.model.num_timesteps > 0:
+            if not self.locals["reset_num_timesteps"]:
                 self._restore_surroundings()
                 self._saved_at = self.model.num_timesteps
 

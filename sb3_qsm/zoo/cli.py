@@ -6,16 +6,18 @@ import difflib
 import importlib
 import importlib.util
 import os
+import pickle
 import re
 import runpy
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 import gymnasium as gym
+import numpy as np
 import optuna
 import yaml
 
@@ -82,8 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(f"unknown subcommand {command!r}{hint} (known ones: {', '.join(COMMANDS)})")
         _run(command, arguments)
-    except (UserError, ValueError, AssertionError, OSError, ImportError) as error:
-        # rl_zoo3 and SB3 raise the last four for what a user gave; an assertion without a message is a mistake of a programmer
+    except (UserError, ValueError, AssertionError, OSError, ImportError, gym.error.Error) as error:
+        # rl_zoo3, SB3 and gymnasium raise the last five for what a user gave; an assertion without a message is a mistake of
+        # a programmer
         if os.environ.get(TRACEBACK_VARIABLE) or (isinstance(error, AssertionError) and not str(error)):
             raise
         name = "" if isinstance(error, (UserError, ValueError, AssertionError)) else f"{type(error).__name__}: "
@@ -145,26 +148,31 @@ def _hooked_parser(options: "_Options") -> Iterator[None]:
 
     The parser is rl_zoo3's own, so that all its options, their abbreviations and its --help stay as they are.
     """
-    original = argparse.ArgumentParser
+    real_parse_args = argparse.ArgumentParser.parse_args
 
-    class Parser(original):  # type: ignore[valid-type, misc]
-        def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
-            # Other parsers, if any, are not ours
-            argparse.ArgumentParser = original  # type: ignore[misc]
-            self.prog = f"sb3-qsm {options.command}"
-            options.prepare(self)
-            try:
-                parsed: argparse.Namespace = super().parse_args(args, namespace)
-            except (NameError, SyntaxError, TypeError) as error:
-                # rl_zoo3 evaluates NAME:VALUE
-                raise UserError(f"values in NAME:VALUE must be Python expressions: {error}") from error
-            return options.check(self, parsed)
+    def parse_args(parser: argparse.ArgumentParser, *args: Any) -> argparse.Namespace:
+        # Other parsers, if any, are not ours
+        hook.stop()
+        parser.prog = f"sb3-qsm {options.command}"
+        parser.error = _raise_user_error  # type: ignore[method-assign]
+        options.prepare(parser)
+        try:
+            parsed = real_parse_args(parser, *args)
+        except (NameError, SyntaxError, TypeError) as error:
+            # rl_zoo3 evaluates NAME:VALUE
+            raise UserError(f"values in NAME:VALUE must be Python expressions: {error}") from error
+        return options.check(parser, parsed)
 
-        def error(self, message: str) -> Any:
-            raise UserError(message)
-
-    with mock.patch.object(argparse, "ArgumentParser", Parser):
+    hook = mock.patch.object(argparse.ArgumentParser, "parse_args", parse_args)
+    hook.start()
+    try:
         yield
+    finally:
+        hook.stop()
+
+
+def _raise_user_error(message: str) -> NoReturn:
+    raise UserError(message)
 
 
 class _Options:
@@ -244,6 +252,8 @@ class _Options:
             args.folder = "logs"
         if self.command == "benchmark" and not Path(args.log_dir).is_dir():
             raise UserError(f"argument --log-dir: {args.log_dir!r} is no folder")
+        if self.command == "plot_from_file":
+            _check_runs(args.input)
         self.figures = getattr(args, "save_figures", None)
         if self.figures is not None:
             _check_writable("--save-figures", self.figures)
@@ -398,6 +408,27 @@ def _check_writable(argument: str, folder: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"argument {argument}: cannot write to {folder!r}: {error.strerror}") from error
+
+
+def _check_runs(name: str) -> None:
+    """
+    Refuse a file of all_plots with single runs only, of which rl_zoo3's plot_from_file can make nothing.
+
+    :param name: File, with or without ``.pkl``
+    """
+    file = name if name.endswith(".pkl") else f"{name}.pkl"
+    try:
+        with open(file, "rb") as handle:
+            results = pickle.load(handle)
+        counts = [
+            np.ndim(run["last_evals"]) for env, runs in results.items() if env != "results_table" for run in runs.values()
+        ]
+    except OSError as error:
+        raise UserError(f"argument --input: cannot read {file!r}: {error.strerror}") from error
+    except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"argument --input: {file!r} was not written by all_plots") from error
+    if not any(counts):
+        raise UserError(f"argument --input: {file!r} has no algorithm with two or more runs of the same length on a task")
 
 
 def _check_trial(args: argparse.Namespace, storage: Any) -> None:
