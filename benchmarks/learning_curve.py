@@ -121,7 +121,9 @@ def main() -> None:
 
     algo = {"qsm": QSM, "sac": stable_baselines3.SAC, "td3": stable_baselines3.TD3}[args.algo]
     kwargs = {**(PRESETS[args.preset] if args.algo == "qsm" else {}), **args.kwargs}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     run = {
         "algo": args.algo,
         "setting": label,

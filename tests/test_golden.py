@@ -54,7 +54,9 @@ def close(name: str, actual: th.Tensor | npt.NDArray[Any], expected: npt.NDArray
 def children(arrays: Arrays, prefix: str, kind: str) -> list[str]:
     """Names like prefix/Dense_0, prefix/Dense_1, ..., in the order of their numbers."""
     names = {key[len(prefix) + 1 :].split("/")[0] for key in arrays if key.startswith(prefix + "/")}
-    return [f"{prefix}/{name}" for name in sorted((n for n in names if n.startswith(kind)), key=lambda n: int(n.split("_")[-1]))]
+    return [
+        f"{prefix}/{name}" for name in sorted((n for n in names if n.startswith(kind)), key=lambda n: int(n.split("_")[-1]))
+    ]
 
 
 def linear_layers(module: nn.Module) -> list[nn.Linear]:
@@ -96,7 +98,11 @@ def make_model(arrays: Arrays, **kwargs: Any) -> QSM:
     config = {key.split("/")[1]: value.item() for key, value in arrays.items() if key.startswith("config/")}
     assert set(config) <= KNOWN_CONFIG, f"configuration that this test does not know: {set(config) - KNOWN_CONFIG}"
     obs_dim, action_dim = arrays["batch/observations"].shape[1], arrays["batch/actions"].shape[1]
-    widths = {name: arrays[f"{name}/bias"].shape[0] for mlp in ("MLP_0", "MLP_1") for name in children(arrays, f"init/score/{mlp}", "Dense_")}
+    widths = {
+        name: arrays[f"{name}/bias"].shape[0]
+        for mlp in ("MLP_0", "MLP_1")
+        for name in children(arrays, f"init/score/{mlp}", "Dense_")
+    }
     hyperparameters = QSM.paper_hyperparameters()
     hyperparameters.update(
         q_grad_coef=config["M_q"],

@@ -39,6 +39,8 @@ class DiffusionActor(BasePolicy):
     :param normalize_images: Whether to divide images by 255.0
     :param fourier_dim: Number of Fourier features of the diffusion step
     :param time_arch: Layers of the embedding of the diffusion step
+    :param xavier: Whether to start from Xavier-uniform kernels and zero biases, as the official QSM code does, instead of
+        PyTorch's initialisation
     """
 
     action_space: spaces.Box
@@ -60,6 +62,7 @@ class DiffusionActor(BasePolicy):
         normalize_images: bool = True,
         fourier_dim: int = 64,
         time_arch: Sequence[int] = (128, 128),
+        xavier: bool = False,
     ) -> None:
         super().__init__(
             observation_space,
@@ -80,12 +83,15 @@ class DiffusionActor(BasePolicy):
         self.sampling_temperature = sampling_temperature
         self.fourier_dim = fourier_dim
         self.time_arch = time_arch
+        self.xavier = xavier
         self.action_dim = get_action_dim(action_space)
 
         self.schedule = NoiseSchedule(noise_schedule, diffusion_steps)
         self.score_network = ScoreNetwork(
             features_dim, self.action_dim, net_arch, activation_fn, layer_norm, fourier_dim, time_arch
         )
+        if xavier:
+            xavier_init(self.score_network)
         self.register_buffer("steps", th.arange(diffusion_steps), persistent=False)
         self.steps: th.Tensor
 
@@ -103,6 +109,7 @@ class DiffusionActor(BasePolicy):
             sampling_temperature=self.sampling_temperature,
             fourier_dim=self.fourier_dim,
             time_arch=self.time_arch,
+            xavier=self.xavier,
         )
         return data
 
@@ -111,7 +118,7 @@ class DiffusionActor(BasePolicy):
         :param obs: Observation
         :return: Its features, shape ``(batch, features_dim)``
         """
-        return super().extract_features(obs, self.features_extractor)
+        return self.extract_features(obs, self.features_extractor)
 
     def predict_noise(self, features: th.Tensor, actions: th.Tensor, t: th.Tensor) -> th.Tensor:
         """
@@ -176,7 +183,7 @@ class DiffusionActor(BasePolicy):
         return self.sample(features, *self.draw_latents(features.shape[0], deterministic))
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        return self(observation, deterministic)
+        return self.forward(observation, deterministic)
 
 
 class QCritic(ContinuousCritic):
@@ -194,6 +201,7 @@ class QCritic(ContinuousCritic):
     :param n_critics: Number of critics
     :param share_features_extractor: Whether the features extractor belongs to the actor, which then alone trains it
     :param layer_norm: Whether to use layer normalisation in the hidden layers
+    :param xavier: Whether to start from Xavier-uniform kernels and zero biases
     :raises ValueError: if there are no critics
     """
 
@@ -204,11 +212,12 @@ class QCritic(ContinuousCritic):
         net_arch: list[int],
         features_extractor: BaseFeaturesExtractor,
         features_dim: int,
-        activation_fn: type[nn.Module] = nn.SiLU,
+        activation_fn: type[nn.Module] = nn.ReLU,
         normalize_images: bool = True,
         n_critics: int = 2,
         share_features_extractor: bool = False,
         layer_norm: bool = False,
+        xavier: bool = False,
     ) -> None:
         if n_critics < 1:
             raise ValueError(f"n_critics must be at least 1, got {n_critics!r}")
@@ -227,7 +236,8 @@ class QCritic(ContinuousCritic):
         input_dim = features_dim + get_action_dim(action_space)
         for i in range(n_critics):
             network = mlp([input_dim, *net_arch, 1], activation_fn, layer_norm)
-            xavier_init(network)
+            if xavier:
+                xavier_init(network)
             self.add_module(f"qf{i}", network)
             self.q_networks.append(network)
 
@@ -266,7 +276,7 @@ class DiffusionPolicy(BasePolicy):
     :param lr_schedule: Learning rate schedule of the critics, and of the actor unless it has its own
     :param net_arch: Hidden layers, a list for both or ``dict(pi=[...], qf=[...])``; two layers of 256 by default
     :param activation_fn: Activation of the score network
-    :param critic_activation_fn: Activation of the critics; the score network's by default
+    :param critic_activation_fn: Activation of the critics
     :param layer_norm: Whether to use layer normalisation in the hidden layers of the actor and the critics
     :param features_extractor_class: Features extractor; by default the one that fits the policy
     :param features_extractor_kwargs: Keyword arguments of the features extractor
@@ -282,6 +292,8 @@ class DiffusionPolicy(BasePolicy):
     :param best_of_n: Number of actions to draw; the one with the highest minimum over the critics is taken
     :param fourier_dim: Number of Fourier features of the diffusion step
     :param time_arch: Layers of the embedding of the diffusion step
+    :param xavier: Whether to start from Xavier-uniform kernels and zero biases, as the official QSM code does, instead of
+        PyTorch's initialisation
     """
 
     #: Features extractor when none is given
@@ -298,7 +310,7 @@ class DiffusionPolicy(BasePolicy):
         lr_schedule: Schedule,
         net_arch: list[int] | dict[str, list[int]] | None = None,
         activation_fn: type[nn.Module] = nn.SiLU,
-        critic_activation_fn: type[nn.Module] | None = None,
+        critic_activation_fn: type[nn.Module] = nn.ReLU,
         layer_norm: bool = False,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
@@ -314,6 +326,7 @@ class DiffusionPolicy(BasePolicy):
         best_of_n: int = 1,
         fourier_dim: int = 64,
         time_arch: Sequence[int] = (128, 128),
+        xavier: bool = False,
     ) -> None:
         super().__init__(
             observation_space,
@@ -335,11 +348,13 @@ class DiffusionPolicy(BasePolicy):
         self.n_critics = n_critics
         self.share_features_extractor = share_features_extractor
         self.best_of_n = best_of_n
+        self.xavier = xavier
         shared = {
             "observation_space": observation_space,
             "action_space": action_space,
             "normalize_images": normalize_images,
             "layer_norm": layer_norm,
+            "xavier": xavier,
         }
         self.diffusion_kwargs = {
             "diffusion_steps": diffusion_steps,
@@ -353,7 +368,7 @@ class DiffusionPolicy(BasePolicy):
         self.critic_kwargs = {
             **shared,
             "net_arch": critic_arch,
-            "activation_fn": critic_activation_fn or activation_fn,
+            "activation_fn": critic_activation_fn,
             "n_critics": n_critics,
             "share_features_extractor": share_features_extractor,
         }
@@ -401,6 +416,7 @@ class DiffusionPolicy(BasePolicy):
             n_critics=self.n_critics,
             share_features_extractor=self.share_features_extractor,
             best_of_n=self.best_of_n,
+            xavier=self.xavier,
             **self.diffusion_kwargs,
         )
         return data
@@ -429,7 +445,7 @@ class DiffusionPolicy(BasePolicy):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         if self.best_of_n == 1:
-            return self.actor(observation, deterministic)  # type: ignore[no-any-return]
+            return self.actor.forward(observation, deterministic)
         return self._best_of_n(observation, deterministic)
 
     def _best_of_n(self, observation: PyTorchObs, deterministic: bool) -> th.Tensor:

@@ -22,9 +22,11 @@ MIN_WEIGHTS = 1024
 @cache
 def prefers_onednn() -> bool:
     """
-    :return: Whether oneDNN multiplies float32 matrices faster than MKL on this machine: AMD processors with AVX-512
+    Whether oneDNN multiplies float32 matrices faster than MKL on this machine.
+
+    :return: True on AMD processors with AVX-512
     """
-    if not (th.backends.mkldnn.is_available() and hasattr(th.ops.mkldnn, "_linear_pointwise")):
+    if not (th._C._has_mkldnn and hasattr(th.ops.mkldnn, "_linear_pointwise")):
         return False
     if th.backends.cpu.get_cpu_capability() != "AVX512":
         return False
@@ -52,7 +54,7 @@ class _OneDnnLinear(th.autograd.Function):
         return _matmul(x, weight, bias)
 
     @staticmethod
-    @th.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @th.autograd.function.once_differentiable
     def backward(ctx: Any, grad: th.Tensor) -> tuple[th.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
@@ -82,7 +84,7 @@ def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None = None) -> th
         and prefers_onednn()
     ):
         if th.is_grad_enabled():
-            return _OneDnnLinear.apply(x, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+            return _OneDnnLinear.apply(x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
         return _matmul(x, weight, bias)
     return F.linear(x, weight, bias)
 

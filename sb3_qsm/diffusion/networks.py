@@ -1,5 +1,6 @@
 """Networks that predict the noise in a noised action."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -32,7 +33,7 @@ def mlp(widths: Sequence[int], activation_fn: type[nn.Module], layer_norm: bool 
     :return: The network
     """
     layers: list[nn.Module] = []
-    for i, (size_in, size_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (size_in, size_out) in enumerate(itertools.pairwise(widths)):
         if i > 0:
             layers += [nn.LayerNorm(size_in)] if layer_norm else []
             layers += [activation_fn()]
@@ -97,9 +98,10 @@ class ScoreNetwork(nn.Module):
         width = [fourier_dim, *time_arch][-1]
 
         layers = mlp([action_dim + features_dim + width, *net_arch, action_dim], activation_fn, layer_norm)
-        self.input_layer = layers[0]
-        self.trunk = layers[1:]
-        xavier_init(self)
+        first, *others = layers
+        assert isinstance(first, Linear)
+        self.input_layer = first
+        self.trunk = nn.Sequential(*others)
 
     def context(self, features: th.Tensor) -> th.Tensor:
         """

@@ -206,7 +206,7 @@ class Gradients:
         self.parameters = {name: parameter for name, parameter in loss.named_parameters() if id(parameter) in wanted}
         self.function = th.compile(self._functional, fullgraph=True, dynamic=False) if compiled else self._autograd
 
-    def _autograd(self, parameters: dict[str, nn.Parameter], *args: Any) -> tuple[dict[str, th.Tensor], Metrics]:
+    def _autograd(self, parameters: dict[str, th.Tensor], *args: Any) -> tuple[dict[str, th.Tensor], Metrics]:
         loss, metrics = self.loss(*args)
         gradients = th.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         return dict(zip(parameters, gradients, strict=True)), metrics
@@ -224,7 +224,7 @@ class Gradients:
         :param args: Arguments of the loss
         :return: Metrics of the loss
         """
-        gradients, metrics = self.function(self.parameters, *args)
+        gradients, metrics = self.function(dict(self.parameters), *args)
         for name, parameter in self.parameters.items():
             parameter.grad = gradients[name]
         return metrics

@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise, NormalActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
@@ -221,8 +223,8 @@ class QSM(OffPolicyAlgorithm):
     @staticmethod
     def paper_hyperparameters(total_timesteps: int = 1_000_000) -> dict[str, Any]:
         """
-        Constructor arguments of the official QSM code (arXiv 2312.11752): ``QSM("MlpPolicy", env, **paper_hyperparameters())``.
-        The paper uses ``q_grad_coef=120`` for quadruped and humanoid walk.
+        Constructor arguments of the official QSM code (arXiv 2312.11752), for ``QSM("MlpPolicy", env, **...)``. The paper uses
+        ``q_grad_coef=120`` for quadruped and humanoid walk.
 
         :param total_timesteps: Environment steps of the training, which the decay of the actor's learning rate needs
         :return: Keyword arguments
@@ -248,6 +250,7 @@ class QSM(OffPolicyAlgorithm):
                 "net_arch": [512, 512],
                 "activation_fn": nn.Mish,
                 "critic_activation_fn": nn.ReLU,
+                "xavier": True,
             },
         }
 
@@ -318,6 +321,11 @@ class QSM(OffPolicyAlgorithm):
         # Running statistics of the features extractors follow the critics at once, see SB3 issue #996
         self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
+        if self.compile and any(True for _ in self.actor.features_extractor.parameters()):
+            raise ValueError(
+                "compile=True needs a features extractor without parameters, like MlpPolicy's, got "
+                f"{type(self.actor.features_extractor).__name__}"
+            )
         # Running mean of |grad_a Q|; 0 until the first actor update
         self.q_grad_norm = th.zeros((), device=self.device)
         self._critic_gradients = Gradients(
@@ -416,7 +424,7 @@ class QSM(OffPolicyAlgorithm):
         )
         self._check_finite("actor_loss", metrics)
         self.actor.optimizer.step()
-        self.q_grad_norm.copy_(metrics["q_grad_norm"])
+        self.q_grad_norm.copy_(metrics.pop("q_grad_norm"))
         return metrics
 
     def _update_target(self) -> None:
@@ -460,6 +468,65 @@ class QSM(OffPolicyAlgorithm):
             action_noise = NormalActionNoise(np.zeros(shape), np.full(shape, self.exploration_noise))
         return super()._sample_action(learning_starts, action_noise, n_envs)
 
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        self._require_finite_from_env("observation", self._last_obs)
+        return result
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray[Any, Any],
+        new_obs: np.ndarray[Any, Any] | dict[str, np.ndarray[Any, Any]],
+        reward: np.ndarray[Any, Any],
+        dones: np.ndarray[Any, Any],
+        infos: list[dict[str, Any]],
+    ) -> None:
+        # Before anything is stored: the buffer stays good and can be saved
+        self._require_finite_from_env("reward", reward)
+        self._require_finite_from_env("observation", new_obs)
+        for info in infos:
+            if "terminal_observation" in info:
+                self._require_finite_from_env("terminal observation", info["terminal_observation"])
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    def _require_finite_from_env(self, name: str, value: Any) -> None:
+        """Stop at the first NaN or infinity that the environment returns."""
+        if isinstance(value, dict):
+            for key, entry in value.items():
+                self._require_finite_from_env(f"{name}[{key!r}]", entry)
+        elif not np.isfinite(value).all():
+            raise ValueError(
+                f"The environment returned a non-finite {name} at environment step {self.num_timesteps}: "
+                f"{np.asarray(value).tolist()}. Nothing of this step was stored; model and replay buffer can still be saved."
+            )
+
+    def dump_logs(self) -> None:
+        """Write log data, with the spread of the policy: the standard deviation of its samples at the current state."""
+        if self._n_updates > 0 and self._last_obs is not None:
+            self.logger.record("train/action_std", self._action_std())
+        super().dump_logs()
+
+    @th.no_grad()
+    def _action_std(self, n_samples: int = 32) -> float:
+        """Standard deviation of samples at the last observation, averaged over action dimensions and environments."""
+        self.policy.set_training_mode(False)
+        devices = [self.device] if self.device.type == "cuda" else []
+        # Looking must not change the training that goes on
+        with th.random.fork_rng(devices=devices):
+            observation, _ = self.policy.obs_to_tensor(self._last_obs)  # type: ignore[arg-type]
+            features = self.actor.features(observation)
+            latents = self.actor.draw_latents(len(features), n=n_samples)
+            actions = self.actor.sample(features.repeat(n_samples, 1), *latents)
+        return actions.view(n_samples, len(features), -1).std(dim=0).mean().item()
+
     def learn(
         self: SelfQSM,
         total_timesteps: int,
@@ -477,6 +544,56 @@ class QSM(OffPolicyAlgorithm):
             reset_num_timesteps=reset_num_timesteps,
             progress_bar=progress_bar,
         )
+
+    @classmethod
+    def load(
+        cls: type[SelfQSM],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfQSM:
+        """
+        Load the model from a zip-file, see :meth:`BaseAlgorithm.load`.
+
+        :param path: Path to the file (or a file-like) where to load the agent from
+        :param env: The new environment to run the loaded model on
+        :param device: Device on which the code should run
+        :param custom_objects: Dictionary of objects to replace upon loading
+        :param print_system_info: Whether to print system info of the saved model and of the current system
+        :param force_reset: Force call to ``reset()`` before training
+        :param kwargs: Extra arguments to change the model when loading
+        :return: New model instance with loaded parameters
+        :raises ValueError: if the file is no saved model, is damaged, or was saved by another algorithm
+        """
+        cls._check_saved_file(path)
+        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+    @classmethod
+    def _check_saved_file(cls, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+        """Refuse a file that is no model of this algorithm, before anything in it is unpickled."""
+        file = open_path(path, "r", verbose=0, suffix="zip")
+        start = file.tell()
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+                data = json.loads(archive.read("data"))
+        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is not a saved model, or it is truncated or damaged: {error}") from error
+        finally:
+            if file is path:
+                file.seek(start)
+            else:
+                file.close()
+        if damaged is not None:
+            raise ValueError(f"{path} is damaged: {damaged} in it does not match its checksum")
+        if not isinstance(data, dict) or "score_target" not in data:
+            policy = data.get("policy_class", {}) if isinstance(data, dict) else {}
+            saved_by = policy.get("__module__", "another algorithm") if isinstance(policy, dict) else "another algorithm"
+            raise ValueError(f"{path} was not saved by {cls.__name__} but by {saved_by}")
 
     def _excluded_save_params(self) -> list[str]:
         return [

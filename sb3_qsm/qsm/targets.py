@@ -2,9 +2,9 @@ r"""
 Score targets: what the noise prediction is regressed onto.
 
 With the Boltzmann policy :math:`p(a|s) \propto \exp(Q(s,a)/\lambda)`, the exact noise prediction is
-:math:`\epsilon^* = -\sigma_t \nabla \log p_t(a_t)`. Every target has the form :math:`\epsilon^* = -w_t \, c \, \nabla_a Q(s, q)`
-with a query action q, a weight w_t and a scale c. A target is a function from the batch to (q, w_t) and a line in
-:data:`SCORE_TARGETS`.
+:math:`\epsilon^* = -\sigma_t \nabla \log p_t(a_t)`. Every target has the form
+:math:`\epsilon^* = -w_t \, c \, \nabla_a Q(s, q)` with a query action q, a weight w_t and a scale c. A target is a function
+from the batch to (q, w_t) and a line in :data:`SCORE_TARGETS`.
 """
 
 from collections.abc import Callable
@@ -75,7 +75,8 @@ def action_gradient(q_fn: Callable[[th.Tensor], th.Tensor], actions: th.Tensor) 
     :return: The gradient, without a graph, shape ``(batch, action_dim)``
     """
     if th.compiler.is_compiling():
-        return th.func.grad(lambda a: q_fn(a).sum())(actions.detach())
+        compiled: th.Tensor = th.func.grad(lambda a: q_fn(a).sum())(actions.detach())
+        return compiled
     with th.enable_grad():
         actions = actions.detach().requires_grad_(True)
         (gradient,) = th.autograd.grad(q_fn(actions).sum(), actions)
