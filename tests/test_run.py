@@ -1,0 +1,691 @@
+"""Training: constructor forms, rollouts, updates, logging, callbacks, spaces."""
+
+import inspect
+import math
+from copy import deepcopy
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import SAC, HerReplayBuffer
+from stable_baselines3.common.callbacks import (
+    CallbackList,
+    CheckpointCallback,
+    EvalCallback,
+    EveryNTimesteps,
+    StopTrainingOnMaxEpisodes,
+)
+from stable_baselines3.common.env_checker import check_env
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import BitFlippingEnv
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import Logger, configure
+from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
+from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from torch import nn
+
+import sb3_qsm.qsm
+from sb3_qsm import QSM
+from sb3_qsm.common.policies import DiffusionPolicy
+from sb3_qsm.diffusion import NOISE_SCHEDULES, SAMPLERS
+from sb3_qsm.qsm.targets import CRITIC_REDUCTIONS, SCORE_TARGETS
+
+SMALL = {"learning_starts": 5, "batch_size": 8, "buffer_size": 200, "diffusion_steps": 3, "device": "cpu"}
+TINY_NETS = {"net_arch": [16]}
+TRAIN_METRICS = {
+    "actor_loss",
+    "critic_loss",
+    "learning_rate",
+    "n_updates",
+    "q_grad",
+    "score_target",
+    "action_saturation",
+    "q_mean",
+}
+
+
+class DummyEnv(gym.Env):
+    """Observations and actions of given spaces, random observations, reward 1, episodes of 10 steps."""
+
+    def __init__(self, observation_space: spaces.Space, action_space: spaces.Box) -> None:
+        # Several environments share the given spaces otherwise, and with them a random state
+        self.observation_space = deepcopy(observation_space)
+        self.action_space = deepcopy(action_space)
+        self.actions: list[np.ndarray] = []
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.n_steps = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.actions.append(action)
+        self.n_steps += 1
+        return self.observation_space.sample(), 1.0, False, self.n_steps >= 10, {}
+
+
+BOX = spaces.Box(-1.0, 1.0, (3,), np.float32)
+
+
+def make_model(env="Pendulum-v1", policy="MlpPolicy", policy_kwargs=None, **kwargs) -> QSM:
+    model = QSM(policy, env, policy_kwargs={**TINY_NETS, **(policy_kwargs or {})}, **{**SMALL, **kwargs})
+    model.set_logger(Logger(None, []))
+    return model
+
+
+def make_filled_model(steps=10, **kwargs) -> QSM:
+    """A model with transitions in its buffer and no gradient step done."""
+    model = make_model(seed=0, **{"learning_starts": 1000, **kwargs})
+    model.learn(steps)
+    assert model._n_updates == 0
+    model.set_logger(Logger(None, []))
+    return model
+
+
+def parameters(module: nn.Module) -> list[th.Tensor]:
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def same(first: list[th.Tensor], second: list[th.Tensor]) -> bool:
+    """Equal bit for bit."""
+    return all(th.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def all_differ(first: list[th.Tensor], second: list[th.Tensor]) -> bool:
+    return not any(th.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def logged(model: QSM, name: str) -> float:
+    return model.logger.name_to_value[f"train/{name}"]
+
+
+# Constructor
+
+
+def test_positional_arguments_are_those_of_sac():
+    ours, theirs = (list(inspect.signature(cls.__init__).parameters) for cls in (QSM, SAC))
+    common = theirs[: theirs.index("ent_coef")]
+    assert ours[: len(common)] == common
+    sac_only = {"ent_coef", "target_entropy", "use_sde", "sde_sample_freq", "use_sde_at_warmup"}
+    assert set(theirs) - set(ours) == sac_only
+
+
+@pytest.mark.parametrize("policy", ["MlpPolicy", sb3_qsm.qsm.MlpPolicy, DiffusionPolicy])
+def test_policy_by_name_and_by_class(policy):
+    assert type(make_model(policy=policy).policy) is DiffusionPolicy
+
+
+def test_env_by_id_instance_and_vec_env():
+    for env in ("Pendulum-v1", gym.make("Pendulum-v1"), make_vec_env("Pendulum-v1", n_envs=2)):
+        model = make_model(env)
+        assert model.n_envs == model.replay_buffer.n_envs == getattr(env, "num_envs", 1)
+
+
+def test_model_can_be_set_up_later():
+    model = QSM("MlpPolicy", "Pendulum-v1", policy_kwargs=TINY_NETS, _init_setup_model=False, **SMALL)
+    assert not hasattr(model, "actor")
+    model._setup_model()
+    model.learn(8)
+    assert model._n_updates == 3
+
+
+@pytest.mark.parametrize("net_arch", [[], [4], [4, 4], {"pi": [8], "qf": [8, 8]}, {"pi": [], "qf": [4]}])
+def test_net_arch(net_arch):
+    model = make_model(policy_kwargs={"net_arch": net_arch})
+    pi, qf = (net_arch["pi"], net_arch["qf"]) if isinstance(net_arch, dict) else (net_arch, net_arch)
+    trunk = [model.actor.score_network.input_layer, *model.actor.score_network.trunk]
+    assert [layer.out_features for layer in trunk if isinstance(layer, nn.Linear)] == [*pi, 1]
+    for q_network in model.critic.q_networks:
+        assert [layer.out_features for layer in q_network if isinstance(layer, nn.Linear)] == [*qf, 1]
+    model.learn(8)
+    assert model._n_updates == 3
+
+
+def test_layers_and_activations_of_the_policy():
+    model = make_model(policy_kwargs={"layer_norm": True, "activation_fn": nn.Mish, "critic_activation_fn": nn.ELU})
+    for network, activation in [(model.actor.score_network.trunk, nn.Mish), (model.critic.q_networks[1], nn.ELU)]:
+        kinds = [type(layer) for layer in network]
+        assert activation in kinds
+        assert nn.LayerNorm in kinds
+    model.learn(8)
+    assert math.isfinite(model.q_grad_norm)
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "optimizer_kwargs"), [(th.optim.AdamW, {"weight_decay": 0.1}), (th.optim.RMSprop, {"alpha": 0.9})]
+)
+def test_optimizer(optimizer_class, optimizer_kwargs):
+    model = make_model(policy_kwargs={"optimizer_class": optimizer_class, "optimizer_kwargs": optimizer_kwargs})
+    for optimizer in (model.actor.optimizer, model.critic.optimizer):
+        assert type(optimizer) is optimizer_class
+        assert all(optimizer.param_groups[0][name] == value for name, value in optimizer_kwargs.items())
+    before = parameters(model.actor)
+    model.learn(8)
+    assert not same(before, parameters(model.actor))
+
+
+def test_user_arguments_are_not_changed():
+    policy_kwargs = {"net_arch": [16], "optimizer_kwargs": {"eps": 1e-5}}
+    copy = deepcopy(policy_kwargs)
+    model = QSM("MlpPolicy", "Pendulum-v1", policy_kwargs=policy_kwargs, **SMALL)
+    assert policy_kwargs == copy
+    assert model.policy_kwargs == copy
+
+
+def test_paper_hyperparameters_run():
+    kwargs = QSM.paper_hyperparameters(total_timesteps=1000)
+    kwargs["policy_kwargs"]["net_arch"] = [16]
+    model = QSM("MlpPolicy", "Pendulum-v1", **{**kwargs, "learning_starts": 5, "batch_size": 8, "buffer_size": 100})
+    model.learn(8)
+    assert model.actor.schedule.name == "vp"
+    assert model.gradient_critic == "online"
+    assert model._n_updates == 3
+
+
+# Rollouts
+
+
+@pytest.mark.parametrize(
+    ("train_freq", "updates"), [(4, 4), ((4, "step"), 4), ((1, "episode"), 2), ((2, "episode"), 1), (1, 15)]
+)
+def test_train_freq(train_freq, updates):
+    model = make_model(DummyEnv(BOX, BOX), train_freq=train_freq, learning_starts=1)
+    model.learn(16)
+    # The first step only collects; episodes have ten steps and are finished, beyond the 16 steps
+    assert model._n_updates == updates
+
+
+@pytest.mark.parametrize("train_freq", ["4", ("1", "episode"), "non_sense", (1, "close")])
+def test_train_freq_fail(train_freq):
+    with pytest.raises(ValueError, match="train_freq"):
+        make_model(train_freq=train_freq)
+
+
+def test_gradient_steps_minus_one_follows_the_rollout():
+    model = make_model(make_vec_env("Pendulum-v1", n_envs=2), train_freq=3, gradient_steps=-1, learning_starts=0)
+    model.learn(6)
+    assert model._n_updates == 6
+    model = make_model(train_freq=2, gradient_steps=5, learning_starts=0)
+    model.learn(4)
+    assert model._n_updates == 10
+
+
+def test_no_update_before_learning_starts():
+    model = make_model(learning_starts=10)
+    before = parameters(model.policy)
+    model.learn(10)
+    assert same(before, parameters(model.policy))
+    model.learn(12)
+    assert not same(before, parameters(model.policy))
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("action_noise", [None, NormalActionNoise, OrnsteinUhlenbeckActionNoise])
+def test_several_envs_and_action_noise(n_envs, action_noise):
+    noise = None if action_noise is None else action_noise(np.zeros(1), 0.1 * np.ones(1))
+    model = make_model(make_vec_env("Pendulum-v1", n_envs=n_envs), action_noise=noise, train_freq=2)
+    model.learn(18)
+    stored = model.replay_buffer.actions[: model.replay_buffer.pos]
+    assert model.replay_buffer.pos * n_envs == 18
+    assert np.abs(stored).max() <= 1.0
+    assert model._n_updates > 0
+
+
+class ConstantNoise(NormalActionNoise):
+    def __init__(self, value: float) -> None:
+        super().__init__(np.zeros(1), np.zeros(1))
+        self.value = value
+
+    def __call__(self) -> np.ndarray:
+        return np.array([self.value], dtype=np.float32)
+
+
+@pytest.mark.parametrize("exploration_noise", [0.0, 0.1])
+def test_action_noise_replaces_exploration_noise(exploration_noise):
+    model = make_filled_model(exploration_noise=exploration_noise, learning_starts=0, gradient_steps=0)
+
+    def collected(action_noise) -> np.ndarray:
+        th.manual_seed(3)
+        np.random.seed(3)
+        return model._sample_action(0, action_noise)[1][0]
+
+    th.manual_seed(3)
+    scaled = model.policy.scale_action(model.predict(model._last_obs)[0])[0]
+    np.testing.assert_allclose(collected(ConstantNoise(0.25)), np.clip(scaled + 0.25, -1, 1), atol=1e-6)
+    np.random.seed(3)
+    noise = np.random.normal(0.0, 1.0, (1,)) * exploration_noise
+    np.testing.assert_allclose(collected(None), np.clip(scaled + noise, -1, 1), atol=1e-6)
+
+
+# Updates
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        *({"sampler": name} for name in SAMPLERS),
+        *({"noise_schedule": name} for name in NOISE_SCHEDULES),
+        *({"score_target": name} for name in SCORE_TARGETS),
+        *({"critic_reduction": name} for name in CRITIC_REDUCTIONS),
+        *({"gradient_critic": name} for name in ("online", "target")),
+        {"diffusion_steps": 1},
+        {"diffusion_steps": 20, "sampling_temperature": 0.5},
+        {"q_grad_coef": 50.0},
+        {"temperature": 2.0},
+        {"target_policy_noise": 0.2},
+        {"best_of_n": 4},
+        {"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}},
+    ],
+    ids=lambda kwargs: "-".join(str(value) for value in list(kwargs.values())[:1]),
+)
+def test_every_choice_trains(kwargs):
+    model = make_model(seed=1, **kwargs)
+    actor, critic, target = parameters(model.actor), parameters(model.critic), parameters(model.critic_target)
+    model.learn(12)
+    assert all_differ(critic, parameters(model.critic))
+    assert all_differ(target, parameters(model.critic_target))
+    # With one diffusion step its number is always zero, so that half of the Fourier features is constant
+    assert not same(actor, parameters(model.actor))
+    model.train(gradient_steps=2, batch_size=8)
+    for name in TRAIN_METRICS:
+        assert math.isfinite(logged(model, name)), name
+    assert np.abs(model.replay_buffer.actions).max() <= 1.0
+
+
+@pytest.mark.parametrize("n_critics", [1, 3])
+def test_n_critics(n_critics):
+    model = make_model(policy_kwargs={"n_critics": n_critics})
+    assert len(model.critic.q_networks) == len(model.critic_target.q_networks) == n_critics
+    before = parameters(model.critic)
+    model.learn(10)
+    assert all_differ(before, parameters(model.critic))
+
+
+def constant_critics(model: QSM, target_values: list[float]) -> None:
+    """Make the critics 0 and the target critics the given numbers, everywhere."""
+    with th.no_grad():
+        for critic, values in ((model.critic, [0.0] * len(target_values)), (model.critic_target, target_values)):
+            for parameter in critic.parameters():
+                parameter.zero_()
+            for network, value in zip(critic.q_networks, values, strict=True):
+                network[-1].bias.fill_(value)
+
+
+def add_transition(model: QSM, reward: float, done: bool = False, timeout: bool = False) -> None:
+    obs = np.zeros((1, 3), dtype=np.float32)
+    infos = [{"TimeLimit.truncated": timeout}]
+    model.replay_buffer.add(obs, obs + 1, np.zeros((1, 1)), np.array([reward]), np.array([done]), infos)
+
+
+@pytest.mark.parametrize(("done", "timeout", "bootstraps"), [(False, False, True), (True, False, False), (True, True, True)])
+def test_values_bootstrap_at_timeouts_and_not_at_terminations(done, timeout, bootstraps):
+    model = make_model(gamma=0.9, policy_kwargs={"n_critics": 3})
+    constant_critics(model, [8.0, 5.0, 6.0])
+    add_transition(model, 2.0, done, timeout)
+    model.train(gradient_steps=1, batch_size=4)
+    target = 2.0 + 0.9 * 5.0 if bootstraps else 2.0
+    # The critics are zero, so that the loss is the sum of their squared targets
+    assert logged(model, "critic_loss") == pytest.approx(3 * target**2, rel=1e-5)
+    assert logged(model, "q_mean") == 0.0
+
+
+def test_gamma_changed_between_updates():
+    model = make_model(gamma=0.9)
+    add_transition(model, 2.0)
+    for gamma in (0.9, 0.5, 0.0):
+        model.gamma = gamma
+        constant_critics(model, [4.0, 5.0])
+        model.train(gradient_steps=1, batch_size=4)
+        assert logged(model, "critic_loss") == pytest.approx(2 * (2.0 + gamma * 4.0) ** 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(("last", "bootstraps"), [("none", True), ("timeout", True), ("termination", False)])
+def test_n_step_return(last, bootstraps, monkeypatch):
+    model = make_model(gamma=0.9, n_steps=3)
+    constant_critics(model, [4.0, 5.0])
+    for i, reward in enumerate((1.0, 2.0, 3.0, 100.0)):
+        # The episode ends with the second transition, if at all
+        add_transition(model, reward, i == 1 and last != "none", i == 1 and last == "timeout")
+    monkeypatch.setattr(np.random, "randint", lambda low, high, size: np.zeros(size, dtype=int))
+    model.train(gradient_steps=1, batch_size=4)
+    target = 1.0 + 0.9 * 2.0 + (0.9**2 * 3.0 + 0.9**3 * 4.0 if last == "none" else 0.9**2 * 4.0 * bootstraps)
+    assert logged(model, "critic_loss") == pytest.approx(2 * target**2, rel=1e-5)
+
+
+def test_n_steps_learns():
+    model = make_model(DummyEnv(BOX, BOX), n_steps=3)
+    model.learn(15)
+    assert math.isfinite(logged_after_train(model))
+
+
+def logged_after_train(model: QSM) -> float:
+    model.set_logger(Logger(None, []))
+    model.train(gradient_steps=1, batch_size=8)
+    return logged(model, "critic_loss")
+
+
+@pytest.mark.parametrize("gradient_critic", ["online", "target"])
+def test_actor_update_leaves_the_critics_alone_and_the_reverse(gradient_critic):
+    model = make_filled_model(gradient_critic=gradient_critic)
+    batch = model.replay_buffer.sample(8)
+    noise = model._draw_noise(batch)
+    actor, critic, target = parameters(model.actor), parameters(model.critic), parameters(model.critic_target)
+
+    model._update_actor(batch, noise)
+    assert all_differ(actor, parameters(model.actor))
+    assert same(critic, parameters(model.critic))
+    assert same(target, parameters(model.critic_target))
+    assert all(parameter.grad is None for parameter in model.critic.parameters())
+    assert all(parameter.grad is None for parameter in model.critic_target.parameters())
+
+    actor = parameters(model.actor)
+    gradients = [parameter.grad.clone() for parameter in model.actor.parameters()]
+    model._update_critic(batch, noise)
+    assert all_differ(critic, parameters(model.critic))
+    assert same(target, parameters(model.critic_target))
+    assert same(actor, parameters(model.actor))
+    assert same(gradients, [parameter.grad for parameter in model.actor.parameters()])
+
+
+def test_tau_changed_between_updates():
+    model = make_filled_model(tau=0.0)
+    target = parameters(model.critic_target)
+    model.train(gradient_steps=2, batch_size=8)
+    assert same(target, parameters(model.critic_target))
+    model.tau = 1.0
+    model.train(gradient_steps=1, batch_size=8)
+    assert same(parameters(model.critic), parameters(model.critic_target))
+    model.tau = 0.25
+    target = parameters(model.critic_target)
+    model.train(gradient_steps=1, batch_size=8)
+    for old, new, online in zip(target, model.critic_target.parameters(), model.critic.parameters(), strict=True):
+        th.testing.assert_close(new, 0.75 * old + 0.25 * online, check_layout=False)
+
+
+def test_target_update_interval_changed_between_updates():
+    model = make_filled_model(target_update_interval=2)
+    target = parameters(model.critic_target)
+    model.train(gradient_steps=1, batch_size=8)
+    assert same(target, parameters(model.critic_target))
+    model.train(gradient_steps=1, batch_size=8)
+    assert all_differ(target, parameters(model.critic_target))
+    target = parameters(model.critic_target)
+    model.target_update_interval = 5
+    model.train(gradient_steps=2, batch_size=8)
+    assert same(target, parameters(model.critic_target))
+    model.train(gradient_steps=1, batch_size=8)
+    assert all_differ(target, parameters(model.critic_target))
+
+
+def test_policy_delay():
+    model = make_filled_model(policy_delay=3)
+    actor = parameters(model.actor)
+    model.train(gradient_steps=2, batch_size=8)
+    assert same(actor, parameters(model.actor))
+    assert "train/actor_loss" not in model.logger.name_to_value
+    model.train(gradient_steps=1, batch_size=8)
+    assert all_differ(actor, parameters(model.actor))
+    assert math.isfinite(logged(model, "actor_loss"))
+    actor = parameters(model.actor)
+    model.policy_delay = 1
+    model.train(gradient_steps=1, batch_size=8)
+    assert all_differ(actor, parameters(model.actor))
+
+
+def test_lr_schedule_changed_between_updates():
+    model = make_filled_model()
+    model.lr_schedule = lambda _: 0.0
+    before = parameters(model.actor) + parameters(model.critic)
+    model.train(gradient_steps=1, batch_size=8)
+    assert logged(model, "learning_rate") == 0.0
+    assert same(before, parameters(model.actor) + parameters(model.critic))
+    model.lr_schedule = lambda _: 1e-3
+    model.train(gradient_steps=1, batch_size=8)
+    assert logged(model, "learning_rate") == 1e-3
+    assert all_differ(before, parameters(model.actor) + parameters(model.critic))
+
+
+def test_learning_rates_follow_the_progress_and_are_separate():
+    model = make_filled_model(learning_rate=LinearSchedule(1e-2, 0.0, 1.0), actor_learning_rate=lambda p: 1e-3 * p**2)
+    model._current_progress_remaining = 0.5
+    model.train(gradient_steps=1, batch_size=8)
+    assert model.critic.optimizer.param_groups[0]["lr"] == logged(model, "learning_rate") == pytest.approx(5e-3)
+    assert model.actor.optimizer.param_groups[0]["lr"] == logged(model, "actor_learning_rate") == pytest.approx(2.5e-4)
+    model = make_filled_model(actor_learning_rate=0.0)
+    actor, critic = parameters(model.actor), parameters(model.critic)
+    model.train(gradient_steps=1, batch_size=8)
+    assert same(actor, parameters(model.actor))
+    assert all_differ(critic, parameters(model.critic))
+
+
+# Logging and callbacks
+
+
+def read_csv(path) -> dict[str, list[str]]:
+    header, *rows = (line.split(",") for line in path.read_text().splitlines())
+    return {name: [row[i] for row in rows] for i, name in enumerate(header)}
+
+
+def test_logged_names(tmp_path):
+    model = make_model(DummyEnv(BOX, BOX), actor_learning_rate=1e-4)
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    model.learn(20, log_interval=2)
+    columns = read_csv(tmp_path / "progress.csv")
+    expected = {f"train/{name}" for name in TRAIN_METRICS | {"action_std", "actor_learning_rate"}}
+    assert expected <= set(columns)
+    assert {"rollout/ep_rew_mean", "rollout/ep_len_mean", "time/total_timesteps", "time/fps"} <= set(columns)
+    for name in expected:
+        assert math.isfinite(float(columns[name][-1])), name
+    assert float(columns["train/learning_rate"][-1]) == 3e-4
+    assert float(columns["train/actor_learning_rate"][-1]) == 1e-4
+    assert 0.0 < float(columns["train/action_std"][-1]) <= 1.1
+    assert 0.0 <= float(columns["train/action_saturation"][-1]) <= 1.0
+
+
+def test_action_std_is_the_spread_of_samples():
+    model = make_filled_model(env=make_vec_env("Pendulum-v1", n_envs=2))
+    state = th.get_rng_state()
+    spread = model._action_std(n_samples=32)
+    assert th.equal(th.get_rng_state(), state)  # looking does not change the training
+    with th.no_grad():
+        actions = model.actor(th.as_tensor(model._last_obs).repeat(32, 1)).view(32, 2, 1).numpy()
+    assert spread == pytest.approx(actions.std(axis=0, ddof=1).mean(), rel=1e-5)
+
+
+def test_metrics_are_means_over_the_gradient_steps(monkeypatch):
+    model = make_filled_model()
+    losses = []
+    update = model._update_critic
+
+    def spy(*args):
+        metrics = update(*args)
+        losses.append(metrics["critic_loss"].item())
+        return metrics
+
+    monkeypatch.setattr(model, "_update_critic", spy)
+    model.train(gradient_steps=4, batch_size=8)
+    assert len(set(losses)) == 4
+    assert logged(model, "critic_loss") == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_tensorboard_files(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = make_model(DummyEnv(BOX, BOX), tensorboard_log=str(tmp_path))
+    model._custom_logger = False  # make_model() has set one
+    model.learn(20, log_interval=2)
+    model.learn(10, log_interval=1, reset_num_timesteps=False)
+    model.learn(10, log_interval=1, tb_log_name="again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["QSM_1", "again_1"]
+    events = EventAccumulator(str(tmp_path / "QSM_1"))
+    events.Reload()
+    expected = {f"train/{name}" for name in (TRAIN_METRICS | {"action_std"}) - {"n_updates"}} | {"rollout/ep_rew_mean"}
+    assert expected <= set(events.Tags()["scalars"])
+    assert "train/n_updates" not in events.Tags()["scalars"]  # as in SB3
+    assert [event.step for event in events.Scalars("train/actor_loss")] == [20, 30]
+
+
+def test_callbacks(tmp_path):
+    eval_callback = EvalCallback(
+        DummyEnv(BOX, BOX),
+        eval_freq=8,
+        n_eval_episodes=1,
+        best_model_save_path=str(tmp_path),
+        log_path=str(tmp_path),
+        warn=False,
+    )
+    checkpoint = CheckpointCallback(save_freq=1, save_path=str(tmp_path), save_replay_buffer=True)
+    events = EveryNTimesteps(n_steps=10, callback=checkpoint)
+    episodes = StopTrainingOnMaxEpisodes(max_episodes=2)
+    callback = CallbackList([eval_callback, events, episodes])
+    model = make_model(DummyEnv(BOX, BOX))
+    model.learn(100, callback=callback)
+    assert model.num_timesteps == events.n_calls == callback.num_timesteps == 20
+    assert checkpoint.n_calls == 2
+    assert "new_obs" in callback.locals
+    assert callback.locals["new_obs"] is checkpoint.locals["new_obs"]
+    assert list(np.load(tmp_path / "evaluations.npz")["timesteps"]) == [8, 16]
+    assert QSM.load(tmp_path / "best_model").num_timesteps in (8, 16)
+    assert QSM.load(tmp_path / "rl_model_20_steps").num_timesteps == 20
+    assert (tmp_path / "rl_model_replay_buffer_20_steps.pkl").exists()
+    calls = []
+    model.learn(100, callback=lambda _locals, _globals: calls.append(0) or len(calls) < 3)
+    assert model.num_timesteps == 3
+
+
+# Determinism
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"n_envs": 2, "gradient_steps": -1}, {"sampler": "ddim", "best_of_n": 2}])
+def test_training_is_determined_by_the_seed(kwargs):
+    def run(seed: int, log_interval: int):
+        options = dict(kwargs)
+        env = make_vec_env("Pendulum-v1", n_envs=options.pop("n_envs", 1), env_kwargs={"max_episode_steps": 10})
+        model = make_model(env, seed=seed, **options)
+        model.learn(24, log_interval=log_interval)
+        obs = model.env.reset()
+        actions = [th.as_tensor(model.predict(obs)[0]) for _ in range(3)]
+        return [*parameters(model.policy), model.q_grad_norm, th.as_tensor(model.replay_buffer.observations), *actions]
+
+    first = run(1, 1)
+    # Logging, which looks at samples of the policy, is no part of it
+    assert same(first, run(1, 1000))
+    assert not same(first, run(2, 1))
+
+
+def test_dict_is_flat_bit_for_bit():
+    dict_env = DummyEnv(spaces.Dict({"vec": BOX}), BOX)
+    flat_env = gym.wrappers.FlattenObservation(DummyEnv(spaces.Dict({"vec": BOX}), BOX))
+    dict_model = make_model(dict_env, "MultiInputPolicy", seed=2)
+    flat_model = make_model(flat_env, "MlpPolicy", seed=2)
+    before = parameters(dict_model.policy)
+    assert same(before, parameters(flat_model.policy))
+    for model in (dict_model, flat_model):
+        model.set_random_seed(2)
+        model.learn(25)
+    assert not same(before, parameters(dict_model.policy))
+    assert same(parameters(dict_model.policy), parameters(flat_model.policy))
+    obs = BOX.sample()
+    action, _ = dict_model.predict({"vec": obs}, deterministic=True)
+    assert np.array_equal(action, flat_model.predict(obs, deterministic=True)[0])
+
+
+# Spaces and wrappers
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Discrete(5),
+        spaces.MultiDiscrete([4, 3]),
+        spaces.MultiBinary(8),
+        spaces.MultiBinary((3, 2)),
+        spaces.Box(-1.0, 1.0, (2, 3), np.float64),
+        spaces.Dict({"a": BOX, "b": spaces.Discrete(3)}),
+    ],
+    ids=lambda space: str(space).replace(" ", ""),
+)
+def test_observation_spaces(space):
+    policy = "MultiInputPolicy" if isinstance(space, spaces.Dict) else "MlpPolicy"
+    env = DummyEnv(space, BOX)
+    model = make_model(env, policy)
+    model.learn(14)
+    assert math.isfinite(logged_after_train(model))
+    returns, lengths = evaluate_policy(model, env, n_eval_episodes=1, return_episode_rewards=True, warn=False)
+    assert returns == [10.0]
+    assert lengths == [10]
+    assert env.action_space.contains(model.predict(env.reset()[0])[0])
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Box(-1.0, 1.0, (2, 2), np.float32),
+        spaces.Box(-1.0, 1.0, (2,), np.float64),
+        spaces.Box(np.array([-1.0, 0.5, -30.0]), np.array([3.0, 0.75, -10.0]), dtype=np.float64),
+        spaces.Box(np.float32([[-1, 2]]), np.float32([[0, 5]])),
+    ],
+    ids=lambda space: f"{space.shape}-{space.dtype}",
+)
+def test_action_spaces(space):
+    env = DummyEnv(BOX, space)
+    check_env(env, warn=False)
+    env.actions.clear()
+    model = make_model(env)
+    model.learn(14)
+    assert len(env.actions) == 14
+    for action in [*env.actions, *(model.predict(BOX.sample(), deterministic=flag)[0] for flag in (True, False))]:
+        assert action.shape == space.shape
+        assert action.dtype == space.dtype
+        assert (action >= space.low - 1e-6).all()
+        assert (action <= space.high + 1e-6).all()
+    assert model.predict(np.stack([BOX.sample()] * 3))[0].shape == (3, *space.shape)
+
+
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_her_with_multi_input_policy(n_envs):
+    env = make_vec_env(lambda: BitFlippingEnv(n_bits=3, continuous=True), n_envs=n_envs)
+    model = make_model(
+        env,
+        "MultiInputPolicy",
+        replay_buffer_class=HerReplayBuffer,
+        replay_buffer_kwargs={"n_sampled_goal": 2, "goal_selection_strategy": "future"},
+        learning_starts=12,
+    )
+    before = parameters(model.policy)
+    model.learn(24)
+    assert model._n_updates > 0
+    assert not same(before, parameters(model.policy))
+    assert math.isfinite(logged_after_train(model))
+    obs = env.reset()
+    assert model.predict(obs, deterministic=True)[0].shape == (n_envs, 3)
+
+
+def test_vec_normalize(monkeypatch):
+    env = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]), clip_obs=2.0, clip_reward=1.5)
+    eval_env = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]), training=False, norm_reward=False)
+    model = make_model(env)
+    assert model.get_vec_normalize_env() is env
+    model.set_env(eval_env)
+    assert model.get_vec_normalize_env() is eval_env
+    model.learn(4)
+    model.set_env(env)
+    model.learn(14)
+    # The buffer holds what the environment gave, the updates get it normalised
+    assert np.abs(model.replay_buffer.rewards).max() > 1.5
+    batches = []
+    update = model._update_critic
+    monkeypatch.setattr(model, "_update_critic", lambda batch, noise: batches.append(batch) or update(batch, noise))
+    model.set_logger(Logger(None, []))
+    model.train(gradient_steps=1, batch_size=32)
+    (batch,) = batches
+    stored = model.replay_buffer.observations[: model.replay_buffer.pos, 0]
+    normalised = {tuple(row) for row in np.round(env.normalize_obs(stored), 4)}
+    assert {tuple(row) for row in np.round(batch.observations.numpy(), 4)} <= normalised
+    assert batch.rewards.abs().max() <= 1.5
