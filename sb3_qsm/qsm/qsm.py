@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise, NormalActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -305,6 +305,14 @@ class QSM(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._check_hyperparameters()
+        n_step = {"n_steps": self.n_steps, "gamma": self.gamma}
+        if (
+            self.n_steps > 1
+            and self.replay_buffer_class is NStepReplayBuffer
+            and n_step.items() <= self.replay_buffer_kwargs.items()
+        ):
+            # SB3's own choice, stored with the model: at loading it would warn that the user's class ignores `n_steps`
+            self.replay_buffer_class = None
         policy_kwargs = self.policy_kwargs
         self.policy_kwargs = {**self._diffusion_kwargs(), **policy_kwargs}
         try:
