@@ -29,7 +29,7 @@ def run_quickstart(*args: str, **variables: str) -> subprocess.CompletedProcess[
         capture_output=True,
         text=True,
         encoding="utf-8",
-        timeout=300,
+        timeout=600,
         check=False,
     )
 

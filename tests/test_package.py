@@ -117,7 +117,7 @@ def test_documented_python_runs(code: str, tmp_path: Path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert finished.returncode == 0, f"{code}\n{finished.stderr}"
