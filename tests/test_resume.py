@@ -1,21 +1,15 @@
 """A killed run goes on as if it had not been."""
 
-import os
 import random
-import re
-import signal
 import subprocess
 import sys
-import time
 import zipfile
-from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import SAC, HerReplayBuffer
-from stable_baselines3.common.callbacks import CallbackList, EvalCallback
+from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.monitor import load_results
@@ -31,7 +25,19 @@ from sb3_qsm.common.checkpoint import (
     save_checkpoint,
 )
 
-SMALL = {"learning_starts": 20, "batch_size": 16, "buffer_size": 500, "policy_kwargs": {"net_arch": [16, 16]}}
+
+def small(**kwargs):
+    # A new dictionary each time, since SB3 adds to policy_kwargs
+    return {
+        "learning_starts": 20,
+        "batch_size": 16,
+        "buffer_size": 500,
+        "diffusion_steps": 3,
+        "policy_kwargs": {"net_arch": [16, 16]},
+        **kwargs,
+    }
+
+
 VARIANTS = {
     "defaults": {},
     "n_steps": {"n_steps": 3},
@@ -80,7 +86,7 @@ def assert_same(first, second):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_updates_after_resume_are_those_without_it(tmp_path, variant):
-    model = QSM("MlpPolicy", make_env(variant), seed=1, **{**SMALL, **VARIANTS[variant]})
+    model = QSM("MlpPolicy", make_env(variant), seed=1, **small(**VARIANTS[variant]))
     model.learn(61, callback=RunCheckpointCallback(1000, tmp_path))
     assert model.replay_buffer.full == (variant == "full_buffer")
     before = learner_state(model)
@@ -106,3 +112,178 @@ def test_updates_after_resume_are_those_without_it(tmp_path, variant):
         assert env.ret_rms.var == model.env.ret_rms.var != 1.0
     env.close()
     model.env.close()
+
+
+def test_hindsight_replay_survives_and_the_cut_off_episode_is_never_replayed(tmp_path):
+    def make():
+        # Episodes of 7 steps: the run below stops inside one
+        return make_vec_env(lambda: BitFlippingEnv(n_bits=7, continuous=True, max_steps=7), seed=0)
+
+    her = {"replay_buffer_class": HerReplayBuffer, "replay_buffer_kwargs": {"n_sampled_goal": 2}}
+    model = QSM("MultiInputPolicy", make(), seed=1, **small(), **her)
+    model.learn(60, callback=RunCheckpointCallback(1000, tmp_path))
+    model.train(gradient_steps=3, batch_size=16)
+    again = resume(QSM, tmp_path, make())
+    unfinished = again.replay_buffer.pos - 1
+    assert again.replay_buffer.ep_length[unfinished] == 0
+    again.set_logger(model.logger)
+    again.train(gradient_steps=3, batch_size=16)
+    assert_same(learner_state(again), learner_state(model))
+
+    again.learn(40, reset_num_timesteps=False)
+    buffer = again.replay_buffer
+    assert buffer.ep_length[unfinished] == 0
+    # Without the reset of the episode's start the next episode would have swallowed it
+    assert buffer.ep_start[unfinished + 1] == unfinished + 1
+    assert buffer.ep_length[unfinished + 1] > 0
+
+
+def test_n_step_returns_stop_where_the_run_was_cut(tmp_path):
+    model = QSM("MlpPolicy", make_env("n_steps"), n_steps=3, seed=1, **small())
+    model.learn(61, callback=RunCheckpointCallback(1000, tmp_path))
+    again = resume(QSM, tmp_path, make_env("n_steps"))
+    again.learn(20, reset_num_timesteps=False)
+    buffer = again.replay_buffer
+    sample = buffer._get_samples(np.array([60, 59, 58, 61]))
+    # gamma to the power of the steps in the return: 1 at the last transition before the cut, then 2, 3; 3 after it
+    assert np.allclose(sample.discounts.flatten(), [0.99, 0.99**2, 0.99**3, 0.99**3])
+    assert (sample.dones == 0).all()  # bootstrapped, as at a time limit
+
+
+def test_learning_goes_on_with_every_counter(tmp_path):
+    def callbacks(env):
+        evaluation = EvalCallback(env, eval_freq=40, n_eval_episodes=1, log_path=str(tmp_path), deterministic=True, verbose=0)
+        return [evaluation, RunCheckpointCallback(50, tmp_path)]
+
+    def make(**kwargs):
+        return make_vec_env("Pendulum-v1", seed=3, monitor_dir=str(tmp_path), monitor_kwargs=kwargs)
+
+    model = QSM("MlpPolicy", make(), seed=1, **small())
+    first = callbacks(make_vec_env("Pendulum-v1", seed=4))
+    model.learn(410, callback=first)
+    model.env.close()
+    # As if killed at step 450, with an episode finished since the checkpoint
+    with open(tmp_path / "0.monitor.csv", "a") as file:
+        file.write("-1.0,200,99.0\n-1.0,2")
+    info = read_info(tmp_path)
+    assert info["num_timesteps"] == 410
+
+    again = resume(QSM, tmp_path, make(override_existing=False))
+    assert again.num_timesteps == 410
+    second = callbacks(make_vec_env("Pendulum-v1", seed=4))
+    second[0].best_mean_reward = 1e9  # a new callback's memory must not count
+    again.learn(600 - again.num_timesteps, callback=second, reset_num_timesteps=False)
+    assert again.num_timesteps == 600
+    assert again._n_updates == 600 - 20
+    assert second[0].evaluations_timesteps == list(range(40, 601, 40))
+    assert np.load(tmp_path / "evaluations.npz")["timesteps"].tolist() == list(range(40, 601, 40))
+    assert second[0].best_mean_reward == max(map(np.mean, second[0].evaluations_results))
+    again.env.close()
+    results = load_results(str(tmp_path))
+    assert results["l"].tolist() == [200, 200]  # the third episode began at step 411 and was not over at 600
+    assert (np.diff(results["t"]) > 0).all()
+    assert again._episode_num == 2
+
+
+def test_start_states_do_not_repeat(tmp_path):
+    model = QSM("MlpPolicy", make_env("defaults"), seed=1, **small())
+    model.learn(61, callback=RunCheckpointCallback(1000, tmp_path))
+    first_states = [model.replay_buffer.observations[0, 0]]
+    again = resume(QSM, tmp_path, make_env("defaults"))
+    again.learn(10, reset_num_timesteps=False)
+    assert not np.allclose(again.replay_buffer.observations[61, 0], first_states[0])
+    # The next start state is the one that the uninterrupted run's environment would have drawn next
+    assert np.array_equal(again.replay_buffer.observations[61], model.env.reset())
+
+
+def test_any_off_policy_algorithm(tmp_path):
+    model = SAC("MlpPolicy", make_env("defaults"), seed=1, **small())
+    model.learn(61, callback=RunCheckpointCallback(1000, tmp_path))
+    model.train(gradient_steps=3, batch_size=16)
+    again = resume(SAC, tmp_path, make_env("defaults"))
+    again.set_logger(model.logger)
+    again.train(gradient_steps=3, batch_size=16)
+    assert_same(learner_state(again), learner_state(model))
+    assert th.equal(again.log_ent_coef, model.log_ent_coef)
+
+
+def test_a_checkpoint_is_never_half_written(tmp_path):
+    """The process dies in the middle of the second write: the first checkpoint is still the newest and whole."""
+    script = f"""
+import os, sys
+sys.path[:0] = {sys.path!r}
+from sb3_qsm import QSM
+from sb3_qsm.common import checkpoint
+model = QSM("MlpPolicy", "Pendulum-v1", learning_starts=20, batch_size=16, buffer_size=500, policy_kwargs={{"net_arch": [16]}})
+model.learn(30)
+checkpoint.save_checkpoint(model, {str(tmp_path)!r})
+model.learn(30, reset_num_timesteps=False)
+real = checkpoint.pickle.dump
+def dump(state, file, **kwargs):
+    file.write(b"half of it")
+    os.kill(os.getpid(), 9)
+checkpoint.pickle.dump = dump
+checkpoint.save_checkpoint(model, {str(tmp_path)!r})
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == -9, done.stderr
+    assert (tmp_path / f".{CHECKPOINT_NAME}.tmp").is_file()  # else the test shows nothing
+    assert read_info(tmp_path)["num_timesteps"] == 30
+    env = make_env("defaults")
+    model = resume(QSM, tmp_path, env)
+    save_checkpoint(model, tmp_path)
+    assert not (tmp_path / f".{CHECKPOINT_NAME}.tmp").exists()
+
+
+@pytest.fixture(scope="module")
+def checkpoint_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    QSM("MlpPolicy", make_env("defaults"), **small()).learn(30, callback=RunCheckpointCallback(1000, folder))
+    return folder
+
+
+def test_refuses_what_is_no_checkpoint(tmp_path, checkpoint_folder):
+    env = make_env("defaults")
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*expected a folder that holds checkpoint\.zip"):
+        resume(QSM, tmp_path, env)
+    (tmp_path / CHECKPOINT_NAME).write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match="is not a checkpoint written by sb3_qsm"):
+        resume(QSM, tmp_path, env)
+    QSM("MlpPolicy", env, **small()).save(tmp_path / CHECKPOINT_NAME)  # a zip file, but a model
+    with pytest.raises(CheckpointError, match="is not a checkpoint written by sb3_qsm"):
+        resume(QSM, tmp_path, env)
+
+    whole = (checkpoint_folder / CHECKPOINT_NAME).read_bytes()
+    with zipfile.ZipFile(checkpoint_folder / CHECKPOINT_NAME) as archive:
+        inside = archive.getinfo("replay_buffer.pkl").header_offset + 200
+    (tmp_path / CHECKPOINT_NAME).write_bytes(whole[:inside] + bytes([whole[inside] ^ 1]) + whole[inside + 1 :])
+    with pytest.raises(CheckpointError, match=r"damaged: wrong checksum of replay_buffer\.pkl"):
+        resume(QSM, tmp_path, env)
+
+
+def test_refuses_the_checkpoint_of_something_else(checkpoint_folder):
+    before = (checkpoint_folder / CHECKPOINT_NAME).read_bytes()
+    with pytest.raises(CheckpointError, match="is a checkpoint of QSM, not of SAC"):
+        resume(SAC, checkpoint_folder, make_env("defaults"))
+    with pytest.raises(CheckpointError, match="does not fit the environment: Observation spaces do not match"):
+        resume(QSM, checkpoint_folder, make_vec_env("MountainCarContinuous-v0"))
+    with pytest.raises(CheckpointError, match="n_envs=1, env has 2"):
+        resume(QSM, checkpoint_folder, make_env("two_envs"))
+    with pytest.raises(CheckpointError, match="env has VecNormalize, the checkpoint has not"):
+        resume(QSM, checkpoint_folder, make_env("normalized"))
+    # A new run must not overwrite an old one's
+    with pytest.raises(CheckpointError, match="holds a checkpoint of QSM at step 30, this is QSM at step 0"):
+        QSM("MlpPolicy", make_env("defaults"), **small()).learn(30, callback=RunCheckpointCallback(10, checkpoint_folder))
+    with pytest.raises(ValueError, match="save_freq must be an integer >= 1, got 0"):
+        RunCheckpointCallback(0, checkpoint_folder)
+    assert (checkpoint_folder / CHECKPOINT_NAME).read_bytes() == before
+
+
+def test_size_is_that_of_what_was_written(tmp_path):
+    model = QSM("MlpPolicy", make_env("defaults"), **small(buffer_size=1_000_000))
+    model.learn(30)
+    save_checkpoint(model, tmp_path)
+    assert (tmp_path / CHECKPOINT_NAME).stat().st_size < 1_000_000  # the whole buffer has 40 MB
+    again = resume(QSM, tmp_path, make_env("defaults"))
+    assert again.replay_buffer.observations.shape == (1_000_000, 1, 3)
+    assert np.array_equal(again.replay_buffer.observations[:31], model.replay_buffer.observations[:31])

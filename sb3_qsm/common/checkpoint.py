@@ -269,7 +269,7 @@ def _global_rng_state() -> dict[str, Any]:
     """The generators that SB3, its buffers and torch draw from are the global ones."""
     return {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),  # noqa: NPY002
+        "numpy": np.random.get_state(),
         "torch": th.get_rng_state(),
         "cuda": th.cuda.get_rng_state_all() if th.cuda.is_available() else [],
     }
@@ -277,7 +277,7 @@ def _global_rng_state() -> dict[str, Any]:
 
 def _restore_global_rng(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])  # noqa: NPY002
+    np.random.set_state(state["numpy"])
     th.set_rng_state(state["torch"])
     # A run may go on on a machine with fewer GPUs
     if len(state["cuda"]) == th.cuda.device_count():

@@ -428,7 +428,9 @@ def _check_runs(name: str) -> None:
     except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"argument --input: {file!r} was not written by all_plots") from error
     if not any(counts):
-        raise UserError(f"argument --input: {file!r} has no algorithm with two or more runs of the same length on a task")
+        raise UserError(
+            f"argument --input: {file!r} has no two runs of one algorithm with as many evaluations of two or more episodes"
+        )
 
 
 def _check_trial(args: argparse.Namespace, storage: Any) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 from unittest import mock
 
 import huggingface_sb3  # type: ignore[import-untyped]
-import huggingface_sb3.push_to_hub  # type: ignore[import-untyped]
 import requests
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from rl_zoo3.utils import ALGOS
@@ -26,13 +25,15 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from sb3_qsm.zoo.registry import ZooAlgorithm
 
 _load_from_hub = huggingface_sb3.load_from_hub
+# The package's attribute of that name is a function
+_push_to_hub: Any = importlib.import_module("huggingface_sb3.push_to_hub")
 
 
 def mend_hub() -> None:
     """Let rl_zoo3 find the functions of ``huggingface_sb3`` (distribution ``sb3-team-hf-integration``) it was written for."""
     # rl_zoo3.push_to_hub imports generate_metadata, which was renamed in 3.2 and returns an object in place of a dictionary
-    if not hasattr(huggingface_sb3.push_to_hub, "generate_metadata"):
-        huggingface_sb3.push_to_hub.generate_metadata = _generate_metadata
+    if not hasattr(_push_to_hub, "generate_metadata"):
+        _push_to_hub.generate_metadata = _generate_metadata
     # rl_zoo3.load_from_hub asks for files that a repository may lack and expects the error that huggingface_hub raised when
     # it was built on requests
     huggingface_sb3.load_from_hub = load_from_hub
@@ -42,7 +43,7 @@ def mend_hub() -> None:
 
 
 def _generate_metadata(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    metadata: dict[str, Any] = huggingface_sb3.push_to_hub._generate_metadata(*args, **kwargs).to_dict()
+    metadata: dict[str, Any] = _push_to_hub._generate_metadata(*args, **kwargs).to_dict()
     return metadata
 
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def open_storage(url: str, heartbeat: int = 0) -> BaseStorage:
         ) from error
     for attempt in range(5):
         try:
-            return RDBStorage(url, heartbeat_interval=heartbeat or None)
+            with _experimental():
+                return RDBStorage(url, heartbeat_interval=heartbeat or None)
         except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError) as error:
             # Workers that start at once on an empty database get in each other's way when they create the tables
             if attempt == 4:
@@ -55,6 +57,14 @@ def open_storage(url: str, heartbeat: int = 0) -> BaseStorage:
         except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
             raise UserError(f"argument --storage: cannot reach {shown}: {_first_line(error)}") from error
     raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def _experimental() -> Iterator[None]:
+    """Optuna calls heartbeats experimental since 2.9; the user need not hear of it in every worker."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
 
 
 def _first_line(error: BaseException) -> str:
@@ -94,7 +104,8 @@ def fail_dead_trials(study: Study) -> tuple[int, int]:
     :return: How many there were, and how many running ones are of other machines, of which only time will tell
     """
     before = _running(study)
-    optuna.storages.fail_stale_trials(study)
+    with _experimental():
+        optuna.storages.fail_stale_trials(study)
     unknown = 0
     machine = this_machine()
     for trial in _running(study):
