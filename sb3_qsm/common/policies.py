@@ -142,12 +142,7 @@ class DiffusionActor(BasePolicy):
         :param noise: Noise of the chain, shape ``(T, batch, action_dim)``; None for a chain without noise
         :return: Scaled actions in [-1, 1], shape ``(batch, action_dim)``
         """
-        context = self.score_network.context(features)
-        time_table = self.score_network.time_table(self.steps).unbind()
-
-        def predict_noise(x: th.Tensor, t: int) -> th.Tensor:
-            return self.score_network.denoise(x, context + time_table[t])
-
+        predict_noise = self.score_network.denoiser(features, self.steps)
         return SAMPLERS[self.sampler](predict_noise, self.schedule, x_last, noise, self.sampling_temperature)
 
     def draw_latents(self, batch_size: int, deterministic: bool = False, n: int = 1) -> tuple[th.Tensor, th.Tensor | None]:
@@ -212,7 +207,7 @@ class QCritic(ContinuousCritic):
         net_arch: list[int],
         features_extractor: BaseFeaturesExtractor,
         features_dim: int,
-        activation_fn: type[nn.Module] = nn.ReLU,
+        activation_fn: type[nn.Module] = nn.SiLU,
         normalize_images: bool = True,
         n_critics: int = 2,
         share_features_extractor: bool = False,
@@ -310,7 +305,7 @@ class DiffusionPolicy(BasePolicy):
         lr_schedule: Schedule,
         net_arch: list[int] | dict[str, list[int]] | None = None,
         activation_fn: type[nn.Module] = nn.SiLU,
-        critic_activation_fn: type[nn.Module] = nn.ReLU,
+        critic_activation_fn: type[nn.Module] = nn.SiLU,
         layer_norm: bool = False,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,

@@ -6,7 +6,8 @@ oneDNN, which PyTorch ships beside it, does not (``benchmarks/results/speed/tech
 ``torch.compile`` inserts when it freezes a network. Where it is not there, or not faster, the layers are ordinary ones.
 """
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,11 @@ class Linear(nn.Linear):
 
     def forward(self, input: th.Tensor) -> th.Tensor:
         return linear(input, self.weight, self.bias)
+
+    def bind(self, rows: int) -> Callable[[th.Tensor], th.Tensor]:
+        """
+        :param rows: Size of the batches to come
+        :return: The layer as a function that does not choose a library again at every call
+        """
+        function = F.linear if rows < MIN_ROWS else linear
+        return partial(function, weight=self.weight, bias=self.bias)

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch as th
 from torch import nn
@@ -102,6 +102,7 @@ class ScoreNetwork(nn.Module):
         assert isinstance(first, Linear)
         self.input_layer = first
         self.trunk = nn.Sequential(*others)
+        self._time_table: tuple[tuple[tuple[int, int], ...], th.Tensor] | None = None
 
     def context(self, features: th.Tensor) -> th.Tensor:
         """
@@ -120,12 +121,46 @@ class ScoreNetwork(nn.Module):
 
     def denoise(self, actions: th.Tensor, shift: th.Tensor) -> th.Tensor:
         """
+        Evaluate the network for given shares of the observation and of the time.
+
         :param actions: Noised actions, shape ``(batch, action_dim)``
         :param shift: Sum of the context and the time's share, shape ``(batch, width)``
         :return: Predicted noise, shape ``(batch, action_dim)``
         """
-        hidden: th.Tensor = self.trunk(shift + linear(actions, self.input_layer.weight[:, : self.action_dim]))
+        hidden: th.Tensor = self.trunk(th.addmm(shift, actions, self.input_layer.weight[:, : self.action_dim].t()))
         return hidden
+
+    def denoiser(self, features: th.Tensor, steps: th.Tensor) -> Callable[[th.Tensor, int], th.Tensor]:
+        """
+        The noise prediction as a sampler needs it, with all that is the same at every step computed once.
+
+        :param features: Features of the observation, shape ``(batch, features_dim)``
+        :param steps: All diffusion steps 0..T-1, int64
+        :return: Function from noised actions and the step, a Python integer, to the predicted noise
+        """
+        shifts = (self._cached_time_table(steps).unsqueeze(1) + self.context(features)).unbind()
+        weight = self.input_layer.weight[:, : self.action_dim].t()
+        # Called without the look for hooks that a module does first: it costs as much as a small product
+        layers = [layer.bind(len(features)) if isinstance(layer, Linear) else layer.forward for layer in self.trunk]
+
+        def predict_noise(x: th.Tensor, t: int) -> th.Tensor:
+            hidden = th.addmm(shifts[t], x, weight)
+            for layer in layers:
+                hidden = layer(hidden)
+            return hidden
+
+        return predict_noise
+
+    def _cached_time_table(self, steps: th.Tensor) -> th.Tensor:
+        """The table of T rows, kept while the parameters behind it stay as they are (acting between gradient steps)."""
+        if th.is_grad_enabled() or th.compiler.is_compiling():
+            return self.time_table(steps)
+        parameters = [self.fourier.weight, self.input_layer.weight, *self.time_mlp.parameters()]
+        # PyTorch counts every change in place; a move to another device or type shows in the address
+        key = tuple((parameter._version, parameter.data_ptr()) for parameter in parameters)
+        if self._time_table is None or self._time_table[0] != key:
+            self._time_table = (key, self.time_table(steps))
+        return self._time_table[1]
 
     def forward(self, features: th.Tensor, actions: th.Tensor, t: th.Tensor) -> th.Tensor:
         """

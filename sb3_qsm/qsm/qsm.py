@@ -159,7 +159,7 @@ class QSM(OffPolicyAlgorithm):
         temperature: float = 0.3,
         q_grad_coef: float | None = None,
         target_policy_noise: float = 0.0,
-        gradient_critic: str = "target",
+        gradient_critic: str = "online",
         critic_reduction: str = "mean",
         policy_delay: int = 1,
         target_update_interval: int = 1,
