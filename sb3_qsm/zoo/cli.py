@@ -57,8 +57,11 @@ _FUNCTIONS = {
 }
 _PLOTS = ("plot_train", "all_plots", "plot_from_file")
 _PLAYS = ("enjoy", "record_video", "push_to_hub")
-# Packages that bring environments and tell gymnasium so only when they are imported
-_ENV_PACKAGES = ("shimmy", "gymnasium_robotics")
+# Packages that tell gymnasium of their environments only when they are imported, and how the names of those begin
+_ENV_PACKAGES = {
+    "shimmy": ("dm_control/",),
+    "gymnasium_robotics": ("Adroit", "AntMaze", "Fetch", "FrankaKitchen", "HandManipulate", "HandReach", "PointMaze"),
+}
 # Options that a resumed run may change: they do not touch what is computed
 _RESUME_OPTIONS = ("resume", "checkpoint_freq", "keep_checkpoint", "device", "num_threads", "verbose", "progress")
 
@@ -348,8 +351,8 @@ def _check_env(args: argparse.Namespace) -> None:
     env_id = str(getattr(args.env, "gym_id", args.env))
     if env_id in gym.registry:
         return
-    for package in _ENV_PACKAGES:
-        if importlib.util.find_spec(package) is not None:
+    for package, prefixes in _ENV_PACKAGES.items():
+        if env_id.startswith(prefixes) and importlib.util.find_spec(package) is not None:
             gym.register_envs(importlib.import_module(package))
     if env_id not in gym.registry:
         near = difflib.get_close_matches(env_id, list(gym.registry), n=1, cutoff=0.4)

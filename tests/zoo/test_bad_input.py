@@ -1,0 +1,171 @@
+"""What a user gets wrong is answered by one line, an exit status that is not 0, and nothing is overwritten."""
+
+import difflib
+import os
+import shutil
+
+import optuna
+import pytest
+
+from sb3_qsm.zoo.manager import constructor_arguments
+from sb3_qsm.zoo.storage import open_storage
+from tests.zoo.conftest import SHORT
+
+PENDULUM = ("--env", "Pendulum-v1")
+HERE = ("-f", "{tmp}/logs")
+STUDY = ("--storage", "{tmp}/journal.log", "--study-name", "study")
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+BAD = {
+    "unknown subcommand": (["trian"], ["unknown subcommand 'trian'; did you mean 'train'?", "record_video"]),
+    "unknown env": (["train", "--env", "Pendulum-v9", *HERE], ["--env", "'Pendulum-v9'", "did you mean 'Pendulum-v1'?"]),
+    "unknown env, playing": (["enjoy", "--env", "Pendulmu-v1", *HERE], ["--env", "'Pendulmu-v1'", "'Pendulum-v1'"]),
+    "unknown algorithm": (["train", "--algo", "qms", *PENDULUM, *HERE], ["--algo", "'qms'", "qsm", "sac"]),
+    "unknown option": (["train", *PENDULUM, *HERE, "--sede", "1"], ["--sede"]),
+    "not a number": (["train", *PENDULUM, *HERE, "-n", "many"], ["--n-timesteps", "'many'"]),
+    "unknown gym package": (["train", *PENDULUM, *HERE, "--gym-packages", "no_such"], ["--gym-packages", "'no_such'"]),
+    "missing configuration": (
+        ["train", *PENDULUM, *HERE, "-conf", "{tmp}/missing.yml"],
+        ["--conf-file", "missing.yml", "No such file"],
+    ),
+    "broken YAML": (
+        ["train", *PENDULUM, *HERE, "-conf", "{tmp}/broken.yml"],
+        ["--conf-file", "broken.yml", "in line 3, column 1"],
+    ),
+    "YAML of another shape": (["train", *PENDULUM, *HERE, "-conf", "{tmp}/list.yml"], ["--conf-file", "list.yml", "must map"]),
+    "wrong name in YAML": (
+        ["train", *PENDULUM, *HERE, "-conf", "{tmp}/wrong_name.yml"],
+        ["'temprature'", "wrong_name.yml", "nearest valid one is 'temperature'"],
+    ),
+    "wrong name": (
+        ["train", *PENDULUM, *HERE, "-params", "learning_rat:0.1"],
+        ["'learning_rat'", "nearest valid one is 'learning_rate'"],
+    ),
+    "wrong name of the policy": (
+        ["train", *PENDULUM, *HERE, "-params", "policy_kwargs:dict(net_arhc=[8])"],
+        ["'net_arhc'", "policy_kwargs", "nearest valid one is 'net_arch'"],
+    ),
+    "value that is no expression": (["train", *PENDULUM, *HERE, "-params", "sampler:ddim"], ["NAME:VALUE", "'ddim'"]),
+    "value out of range": (
+        ["train", *PENDULUM, *HERE, "-params", "temperature:-1"],
+        ["temperature must be a number > 0, got -1"],
+    ),
+    "unknown schedule": (
+        ["train", *PENDULUM, *HERE, "-params", "actor_learning_rate:'cosin_1'"],
+        ["actor_learning_rate 'cosin_1'", "cosine_NUMBER_DECAYSTEPS"],
+    ),
+    "log folder is a file": (["train", *PENDULUM, "-f", "{tmp}/a_file"], ["--log-folder", "a_file"]),
+    # /proc takes no files from anybody, root included
+    "log folder not writable": (["train", *PENDULUM, "-f", "/proc/logs"], ["--log-folder", "'/proc/logs'"]),
+    "trained agent missing": (["train", *PENDULUM, *HERE, "-i", "{tmp}/no.zip"], ["--trained-agent", "no.zip"]),
+    "resume from nothing": (["train", "--resume", "{tmp}/nowhere"], ["--resume", "nowhere"]),
+    "resume from an empty folder": (["train", "--resume", "{tmp}/empty"], ["--resume", "empty", "not the folder of one run"]),
+    "resume from a finished run": (
+        ["train", "--resume", "{logs}/qsm/Pendulum-v1_1"],
+        ["--resume", "no checkpoint", "the run is finished", "--trained-agent"],
+    ),
+    "resume from a foreign file": (
+        ["train", "--resume", "{tmp}/foreign"],
+        ["--resume", "is not a checkpoint written by sb3_qsm"],
+    ),
+    "resume with another length": (
+        ["train", "--resume", "{logs}/qsm/Pendulum-v1_1", "-n", "10"],
+        ["--resume", "--n-timesteps cannot be given", "--device"],
+    ),
+    "checkpoints of an on-policy algorithm": (
+        ["train", "--algo", "ppo", *PENDULUM, *HERE, "--checkpoint-freq", "10"],
+        ["--checkpoint-freq", "ppo", "off-policy"],
+    ),
+    "heartbeat": (["train", *PENDULUM, *HERE, "--heartbeat", "-1"], ["--heartbeat", ">= 0, got -1"]),
+    "storage is nothing": (["train", "-optimize", *PENDULUM, *HERE, "--storage", "nonsense"], ["--storage", "'nonsense'"]),
+    "storage unreachable": (
+        ["train", "-optimize", *PENDULUM, *HERE, "--storage", "postgresql+psycopg://me:secret@127.0.0.1:1/db"],
+        ["--storage", "cannot reach postgresql+psycopg://me:***@127.0.0.1:1/db"],
+    ),
+    "journal not writable": (
+        ["train", "-optimize", *PENDULUM, *HERE, "--storage", "/proc/a/j.log"],
+        ["--storage", "'/proc/a/j.log'"],
+    ),
+    "unknown study": (
+        ["train", *PENDULUM, *HERE, "--storage", "{tmp}/journal.log", "--study-name", "other", "--trial-id", "1"],
+        ["--study-name", "'other'", "there: study"],
+    ),
+    "unknown trial": (["train", *PENDULUM, *HERE, *STUDY, "--trial-id", "7"], ["--trial-id", "trials 0 to 1, got 7"]),
+    "no trial": (["train", *PENDULUM, *HERE, *STUDY], ["--trial-id", "which trial"]),
+    "trial of another algorithm": (["train", *PENDULUM, *HERE, *STUDY, "--trial-id", "1"], ["--trial-id", "trial 1", "qsm"]),
+    "no agent": (
+        ["enjoy", "--env", "MountainCarContinuous-v0", "-f", "{logs}"],
+        ["No model found for qsm on MountainCarContinuous-v0"],
+    ),
+    "no agents": (["benchmark", "--log-dir", "{tmp}/nowhere", "--no-hub"], ["--log-dir", "nowhere"]),
+    "no figures": (["all_plots", "-f", "{logs}"], ["-e/--env"]),
+    "no results": (["plot_from_file", "-i", "{tmp}/nothing"], ["--input", "nothing.pkl"]),
+    "results of something else": (["plot_from_file", "-i", "{tmp}/a_pickle"], ["--input", "not written by all_plots"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_one_clear_line(cli, logs, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.yml").write_text("Pendulum-v1:\n  policy: [unclosed\n")
+    (tmp_path / "list.yml").write_text("- Pendulum-v1\n")
+    (tmp_path / "wrong_name.yml").write_text("default:\n  policy: MlpPolicy\n  n_timesteps: 10\n  temprature: 1.0\n")
+    (tmp_path / "a_file").write_text("not to be overwritten")
+    (tmp_path / "a_pickle.pkl").write_bytes(b"\x80\x05]\x94.")
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(logs / "qsm" / "Pendulum-v1_1", tmp_path / "foreign")
+    shutil.copy(logs / "qsm" / "Pendulum-v1_1" / "Pendulum-v1.zip", tmp_path / "foreign" / "checkpoint.zip")
+    study = optuna.create_study(storage=open_storage(str(tmp_path / "journal.log")), study_name="study")
+    for _ in range(2):
+        trial = study.ask()
+        trial.suggest_float("learning_rate", 0, 1)
+        study.tell(trial, 1.0)
+    before = {folder: contents(folder) for folder in (tmp_path, logs)}
+
+    arguments, expected = BAD[name]
+    status, _, err = cli(*(argument.format(tmp=tmp_path, logs=logs) for argument in arguments))
+    assert status not in (0, None)
+    lines = [line for line in err.splitlines() if "Warning" not in line and not line.startswith("  ")]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("sb3-qsm")
+    assert ": error: " in lines[0]
+    for part in expected:
+        assert part in lines[0]
+    assert "secret" not in err
+    for folder, files in before.items():
+        after = contents(folder)
+        assert {path: after.get(path) for path in files} == files
+
+
+def test_a_run_in_progress_is_not_resumed_a_second_time(cli, tmp_path):
+    from filelock import FileLock
+
+    run = tmp_path / "logs" / "qsm" / "Pendulum-v1_1"
+    common = ("train", *PENDULUM, "-n", 60, "-f", tmp_path / "logs", "--eval-freq", -1, "--keep-checkpoint")
+    status, _, err = cli(*common, *SHORT)
+    assert status == 0, err
+    before = contents(run)
+    with FileLock(str(run / ".run.lock")):
+        status, _, err = cli("train", "--resume", run)
+    assert status == 2
+    assert "--resume: another process is still training in" in err.splitlines()[-1]
+    assert {name: data for name, data in contents(run).items() if name != ".run.lock"} == before
+
+
+def test_the_traceback_is_there_for_who_wants_it(cli, monkeypatch):
+    monkeypatch.setenv("SB3_QSM_TRACEBACK", "1")
+    with pytest.raises(Exception, match="unknown environment"):
+        cli("train", "--env", "Pendulum-v9")
+
+
+def test_nearest_name_is_the_nearest():
+    from sb3_qsm import QSM
+
+    names = constructor_arguments(QSM)
+    assert {"temperature", "q_grad_coef", "learning_rate", "policy_kwargs", "buffer_size"} <= names
+    assert difflib.get_close_matches("qgradcoef", sorted(names), n=1) == ["q_grad_coef"]
+    assert os.path.sep not in "".join(names)
