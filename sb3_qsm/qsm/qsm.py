@@ -156,7 +156,7 @@ class QSM(OffPolicyAlgorithm):
         sampler: str = "ddpm_x0",
         sampling_temperature: float = 1.0,
         score_target: str = "denoised",
-        temperature: float = 0.3,
+        temperature: float = 0.2,
         q_grad_coef: float | None = None,
         target_policy_noise: float = 0.0,
         gradient_critic: str = "online",
