@@ -132,9 +132,10 @@ def make_model(arrays: Arrays, **kwargs: Any) -> QSM:
     return model
 
 
-def test_golden_update(golden_path: Path) -> None:
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+def test_golden_update(golden_path: Path, compiled: bool) -> None:
     arrays: Arrays = dict(np.load(golden_path))
-    model = make_model(arrays)
+    model = make_model(arrays, compile=compiled)
     tensors = {key: th.from_numpy(value) for key, value in arrays.items() if key.startswith(("batch/", "noise/"))}
     batch = ReplayBufferSamples(
         observations=tensors["batch/observations"],
@@ -205,4 +206,4 @@ def test_golden_notices_a_wrong_sign(golden_path: Path, monkeypatch: pytest.Monk
     q_gradient = ActorLoss.q_gradient
     monkeypatch.setattr(ActorLoss, "q_gradient", lambda self, *args: -q_gradient(self, *args))
     with pytest.raises(AssertionError, match="critic gradient"):
-        test_golden_update(golden_path)
+        test_golden_update(golden_path, compiled=False)
