@@ -62,7 +62,7 @@ class DiffusionActor(BasePolicy):
         normalize_images: bool = True,
         fourier_dim: int = 64,
         time_arch: Sequence[int] = (128, 128),
-        xavier: bool = False,
+        xavier: bool = True,
     ) -> None:
         super().__init__(
             observation_space,
@@ -212,7 +212,7 @@ class QCritic(ContinuousCritic):
         n_critics: int = 2,
         share_features_extractor: bool = False,
         layer_norm: bool = False,
-        xavier: bool = False,
+        xavier: bool = True,
     ) -> None:
         if n_critics < 1:
             raise ValueError(f"n_critics must be at least 1, got {n_critics!r}")
@@ -321,7 +321,7 @@ class DiffusionPolicy(BasePolicy):
         best_of_n: int = 1,
         fourier_dim: int = 64,
         time_arch: Sequence[int] = (128, 128),
-        xavier: bool = False,
+        xavier: bool = True,
     ) -> None:
         super().__init__(
             observation_space,
