@@ -1,0 +1,202 @@
+"""Acting: deterministic, stochastic, best of N."""
+
+import random
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from sb3_qsm import QSM
+from sb3_qsm.diffusion import NOISE_SCHEDULES, SAMPLERS
+from tests.test_run import DummyEnv
+
+OBSERVATIONS = spaces.Box(-1.0, 1.0, (3,), np.float32)
+#: Different for each action, none symmetric
+ACTIONS = spaces.Box(np.float32([-1.0, 0.5]), np.float32([3.0, 0.75]))
+
+
+def make_model(action_space=ACTIONS, trained=True, **kwargs) -> QSM:
+    model = QSM(
+        "MlpPolicy",
+        DummyEnv(OBSERVATIONS, action_space),
+        policy_kwargs={"net_arch": [16]},
+        learning_starts=5,
+        batch_size=8,
+        buffer_size=100,
+        device="cpu",
+        seed=0,
+        **kwargs,
+    )
+    if trained:
+        # Actions depend more on the observation, and values on the action, than at the start
+        with th.no_grad():
+            model.actor.score_network.input_layer.weight[:, 2:5] *= 5
+            model.actor.score_network.trunk[-1].weight *= 2
+            for network in model.critic.q_networks:
+                network[0].weight[:, 3:] *= 10
+    return model
+
+
+def observations(n: int) -> np.ndarray:
+    return np.random.default_rng(1).uniform(-1, 1, (n, 3)).astype(np.float32)
+
+
+def rng_states() -> list:
+    name, keys, *rest = np.random.get_state()
+    return [th.get_rng_state().tolist(), name, keys.tolist(), rest, random.getstate()]
+
+
+@pytest.mark.parametrize("best_of_n", [1, 5])
+@pytest.mark.parametrize(("sampler", "noise_schedule"), [("ddpm_x0", "cosine"), ("ddpm", "vp"), ("ddim", "vp")])
+def test_deterministic_action_is_a_function_of_the_observation(sampler, noise_schedule, best_of_n):
+    model = make_model(sampler=sampler, noise_schedule=noise_schedule, best_of_n=best_of_n)
+    obs = observations(100)
+    batched, _ = model.predict(obs, deterministic=True)
+    assert np.ptp(batched, axis=0).min() > 1e-3  # not the same one everywhere
+    for seed in (0, 1):
+        th.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        before = rng_states()
+        np.testing.assert_array_equal(batched, model.predict(obs, deterministic=True)[0])
+        reverse, _ = model.predict(obs[::-1].copy(), deterministic=True)
+        np.testing.assert_allclose(reverse[::-1], batched, atol=2e-5)
+        for observation, action in zip(obs[:30], batched[:30], strict=True):
+            single, _ = model.predict(observation, deterministic=True)
+            # Rounding differs between sizes of a batch; the chain multiplies it, most in its first steps
+            assert np.abs(model.policy.scale_action(single) - model.policy.scale_action(action)).max() <= 5e-6
+        assert rng_states() == before
+
+
+@pytest.mark.parametrize("best_of_n", [1, 5])
+def test_deterministic_action_of_the_actor_and_after_loading(tmp_path, best_of_n):
+    model = make_model(best_of_n=best_of_n)
+    obs = observations(10)
+    action, _ = model.predict(obs, deterministic=True)
+    model.save(tmp_path / "model")
+    np.testing.assert_array_equal(action, QSM.load(tmp_path / "model").predict(obs, deterministic=True)[0])
+    tensor = th.as_tensor(obs)
+    with th.no_grad():
+        for policy in (model.policy, model.actor):
+            assert th.equal(policy(tensor, deterministic=True), policy(tensor, deterministic=True))
+        # The actor alone has no critics to choose by
+        first = th.as_tensor(model.policy.scale_action(action))
+        assert th.allclose(model.actor(tensor, deterministic=True), first, atol=1e-5) == (best_of_n == 1)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_stochastic_actions_differ_and_follow_the_seed(sampler):
+    model = make_model(sampler=sampler, noise_schedule="vp", trained=False)
+    obs = np.repeat(observations(1), 50, axis=0)
+    th.manual_seed(0)
+    actions, _ = model.predict(obs)
+    assert np.unique(actions, axis=0).shape[0] > 5
+    assert not np.array_equal(actions, model.predict(obs)[0])
+    th.manual_seed(0)
+    np.testing.assert_array_equal(actions, model.predict(obs)[0])
+
+
+def test_sampling_temperature_widens_the_actions():
+    spread = []
+    for temperature in (0.0, 1.0):
+        model = make_model(sampling_temperature=temperature, sampler="ddpm", noise_schedule="vp", trained=False)
+        th.manual_seed(0)
+        # One latent for all, so that only the noise of the chain is left
+        features = model.actor.features(th.as_tensor(observations(1)))
+        latent, noise = model.actor.draw_latents(64)
+        with th.no_grad():
+            spread.append(model.actor.sample(features.expand(64, -1), latent[:1].expand(64, -1), noise).std(dim=0).max())
+    assert spread[0] < 1e-6
+    assert spread[1] > 0.1
+
+
+@pytest.mark.parametrize("n_envs", [1, 7])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_best_of_n_takes_the_highest_minimum_of_the_critics(n_envs, deterministic):
+    n = 6
+    model = make_model(best_of_n=n, gradient_critic="online")
+    # Other parameters than those of the targets, which must not choose
+    with th.no_grad():
+        for parameter in model.critic_target.parameters():
+            parameter.normal_()
+    obs = observations(n_envs)
+    th.manual_seed(5)
+    action = model.policy.scale_action(model.predict(obs, deterministic=deterministic)[0])
+
+    th.manual_seed(5)
+    latents, noise = model.actor.draw_latents(n_envs, deterministic, n)
+    chosen = set()
+    for i, observation in enumerate(th.as_tensor(obs)):
+        candidates = []
+        for k in range(n):
+            row = slice(k * n_envs + i, k * n_envs + i + 1)
+            chain = None if noise is None else noise[:, row]
+            with th.no_grad():
+                candidates.append(model.actor.sample(observation[None], latents[row], chain)[0])
+        with th.no_grad():
+            q_values = [min(q.item() for q in model.critic(observation[None], a[None])) for a in candidates]
+        best = int(np.argmax(q_values))
+        chosen.add(best)
+        np.testing.assert_allclose(action[i], candidates[best].numpy(), atol=1e-5)
+        assert max(q_values) > min(q_values)
+    if n_envs > 1:
+        assert len(chosen) > 1
+
+
+def test_best_of_n_raises_the_value():
+    def mean_value(n: int) -> float:
+        model = make_model(best_of_n=n)
+        obs = th.as_tensor(observations(100))
+        th.manual_seed(2)
+        with th.no_grad():
+            return th.cat(model.critic(obs, model.policy(obs)), dim=1).amin(dim=1).mean().item()
+
+    assert mean_value(8) > mean_value(1) + 1e-3
+
+
+@pytest.mark.parametrize("noise_schedule", NOISE_SCHEDULES)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_actions_are_within_asymmetric_bounds(noise_schedule, sampler):
+    model = make_model(noise_schedule=noise_schedule, sampler=sampler)
+    low, high = ACTIONS.low, ACTIONS.high
+    for deterministic in (True, False):
+        actions, _ = model.predict(observations(200), deterministic=deterministic)
+        assert actions.shape == (200, 2)
+        assert actions.dtype == np.float32
+        assert (actions >= low - 1e-6).all()
+        assert (actions <= high + 1e-6).all()
+        assert (np.abs(model.policy.scale_action(actions)) <= 1 + 1e-6).all()
+    # Both halves of each range are used
+    assert (actions.min(axis=0) < (low + high) / 2).all()
+    assert (actions.max(axis=0) > (low + high) / 2).all()
+
+
+def test_bounds_are_reached_exactly(monkeypatch):
+    model = make_model()
+    for scaled, expected in ((-1.0, ACTIONS.low), (0.0, (ACTIONS.low + ACTIONS.high) / 2), (1.0, ACTIONS.high)):
+        monkeypatch.setattr(model.actor, "sample", lambda features, *_, value=scaled: th.full((len(features), 2), value))
+        np.testing.assert_allclose(model.predict(observations(1))[0][0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "auto"])
+def test_shapes(device):
+    if device == "cuda" and not th.cuda.is_available():
+        pytest.skip("CUDA not available")
+    model = QSM("MlpPolicy", "Pendulum-v1", policy_kwargs={"net_arch": [16]}, buffer_size=10, device=device)
+    env = gym.make("Pendulum-v1")
+    vec_env = DummyVecEnv([lambda: gym.make("Pendulum-v1")] * 2)
+    for deterministic in (True, False):
+        action, state = model.predict(env.reset()[0], deterministic=deterministic)
+        assert isinstance(action, np.ndarray)
+        assert env.action_space.contains(action)
+        assert state is None
+        assert model.predict(vec_env.reset(), deterministic=deterministic)[0].shape == (2, 1)
+
+
+def test_mixing_gym_and_vec_env_api():
+    model = make_model()
+    with pytest.raises(ValueError, match="mixing Gym API"):
+        model.predict(model.env.envs[0].reset())
