@@ -250,6 +250,7 @@ class QSM(OffPolicyAlgorithm):
                 "net_arch": [512, 512],
                 "activation_fn": nn.Mish,
                 "critic_activation_fn": nn.ReLU,
+                "xavier": True,
             },
         }
 
