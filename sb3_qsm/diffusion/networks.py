@@ -102,7 +102,6 @@ class ScoreNetwork(nn.Module):
         assert isinstance(first, Linear)
         self.input_layer = first
         self.trunk = nn.Sequential(*others)
-        self._time_table: tuple[tuple[tuple[int, int], ...], th.Tensor] | None = None
 
     def context(self, features: th.Tensor) -> th.Tensor:
         """
@@ -138,7 +137,7 @@ class ScoreNetwork(nn.Module):
         :param steps: All diffusion steps 0..T-1, int64
         :return: Function from noised actions and the step, a Python integer, to the predicted noise
         """
-        shifts = (self._cached_time_table(steps).unsqueeze(1) + self.context(features)).unbind()
+        shifts = (self.time_table(steps).unsqueeze(1) + self.context(features)).unbind()
         weight = self.input_layer.weight[:, : self.action_dim].t()
         # Called without the look for hooks that a module does first: it costs as much as a small product
         layers = [layer.bind(len(features)) if isinstance(layer, Linear) else layer.forward for layer in self.trunk]
@@ -150,17 +149,6 @@ class ScoreNetwork(nn.Module):
             return hidden
 
         return predict_noise
-
-    def _cached_time_table(self, steps: th.Tensor) -> th.Tensor:
-        """The table of T rows, kept while the parameters behind it stay as they are (acting between gradient steps)."""
-        if th.is_grad_enabled() or th.compiler.is_compiling():
-            return self.time_table(steps)
-        parameters = [self.fourier.weight, self.input_layer.weight, *self.time_mlp.parameters()]
-        # PyTorch counts every change in place; a move to another device or type shows in the address
-        key = tuple((parameter._version, parameter.data_ptr()) for parameter in parameters)
-        if self._time_table is None or self._time_table[0] != key:
-            self._time_table = (key, self.time_table(steps))
-        return self._time_table[1]
 
     def forward(self, features: th.Tensor, actions: th.Tensor, t: th.Tensor) -> th.Tensor:
         """
