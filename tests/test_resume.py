@@ -1,15 +1,18 @@
 """A killed run goes on as if it had not been."""
 
+import os
 import random
 import subprocess
 import sys
+import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import SAC, HerReplayBuffer
-from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.monitor import load_results
@@ -287,3 +290,109 @@ def test_size_is_that_of_what_was_written(tmp_path):
     again = resume(QSM, tmp_path, make_env("defaults"))
     assert again.replay_buffer.observations.shape == (1_000_000, 1, 3)
     assert np.array_equal(again.replay_buffer.observations[:31], model.replay_buffer.observations[:31])
+
+
+INTERVAL = 100
+
+
+class WriteStep(BaseCallback):
+    """Leave the step in a file, for who wants to know when the process was killed."""
+
+    def _on_step(self):
+        # In one write and never empty, so that a kill cannot come between
+        descriptor = os.open(os.environ["SB3_QSM_TEST_STEP"], os.O_WRONLY | os.O_CREAT)
+        os.pwrite(descriptor, b"%8d" % self.num_timesteps, 0)
+        os.close(descriptor)
+        return True
+
+
+def start(*arguments, step_file):
+    """Start ``sb3-qsm train`` in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "sb3_qsm", "train", *map(str, arguments)],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "SB3_QSM_TEST_STEP": str(step_file)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def newest(run):
+    """Step of the newest checkpoint, which must be whole, or -1."""
+    return read_info(run)["num_timesteps"] if (run / CHECKPOINT_NAME).is_file() else -1
+
+
+def kill_again_and_again(folder, steps, kills, seed):
+    """
+    Train on Pendulum-v1, send SIGKILL at random moments, and train on to the end.
+
+    Gives back the run's folder and a line for each kill: step resumed from, step when killed, step of the newest checkpoint.
+    """
+    rng = random.Random(seed)
+    step_file, run = folder / "step", folder / "logs" / "qsm" / "Pendulum-v1_1"
+    new = ["--env", "Pendulum-v1", "-n", steps, "-f", folder / "logs", "--checkpoint-freq", INTERVAL, "--eval-freq", 500]
+    new += ["--eval-episodes", 1, "--seed", seed, "-params", "learning_starts:50", "batch_size:16", "diffusion_steps:2"]
+    new += ["policy_kwargs:dict(net_arch=[16])", "callback:'tests.test_resume.WriteStep'"]
+    lives = []
+    for _ in range(kills):
+        resumed_from = newest(run)
+        process = start(*(["--resume", run] if lives else new), step_file=step_file)
+        # Wait for checkpoints of its own, then strike anywhere in the interval that follows, writing included
+        deadline = time.monotonic() + 600
+        while newest(run) < max(resumed_from, 0) + INTERVAL * rng.randint(1, 3):
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline, "waited too long"
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.3)
+        process.kill()
+        output, _ = process.communicate()
+        assert process.returncode == -9, output
+        killed_at = int(step_file.read_text())
+        lives.append((resumed_from, killed_at, newest(run)))
+        # At most one interval is lost; the step callbacks run before the transition is stored and learned from
+        assert 0 <= killed_at - newest(run) <= INTERVAL + 1
+        assert newest(run) > resumed_from
+        if len(lives) > 1:
+            assert f"Resuming at step {resumed_from} of {steps}" in output
+    output, _ = (last := start("--resume", run, step_file=step_file)).communicate(timeout=900)
+    assert last.returncode == 0, output
+    assert f"Resuming at step {lives[-1][-1]} of {steps}" in output
+    return run, lives
+
+
+def check_finished(run, steps):
+    model = QSM.load(run / "Pendulum-v1.zip")
+    assert model.num_timesteps == steps
+    assert model._n_updates == steps - 50
+    assert np.load(run / "evaluations.npz")["timesteps"].tolist() == list(range(500, steps + 1, 500))
+    results = load_results(str(run))
+    # Every kill cuts an episode off; none is counted twice
+    assert set(results["l"]) == {200}
+    assert len(results) <= steps // 200
+    assert (np.diff(results["t"]) > 0).all()
+    # A finished run needs no checkpoint
+    assert {path.name for path in run.iterdir() if path.is_file()} == {
+        "0.monitor.csv",
+        "Pendulum-v1.zip",
+        "best_model.zip",
+        "evaluations.npz",
+    }
+
+
+def test_killed_run_finishes_from_the_command_line(tmp_path):
+    pytest.importorskip("rl_zoo3")
+    run, lives = kill_again_and_again(tmp_path, steps=1500, kills=2, seed=1)
+    assert len(lives) == 2
+    check_finished(run, steps=1500)
+
+
+@pytest.mark.slow
+def test_ten_kills(tmp_path, capsys):
+    pytest.importorskip("rl_zoo3")
+    run, lives = kill_again_and_again(tmp_path, steps=8000, kills=10, seed=2)
+    with capsys.disabled():
+        print("\nresumed_from,killed_at,newest_checkpoint")
+        for line in lives:
+            print(*line, sep=",")
+    check_finished(run, steps=8000)

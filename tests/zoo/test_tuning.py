@@ -185,9 +185,7 @@ def test_a_killed_worker_loses_its_trial_only(request, tmp_path, kind):
     url = request.getfixturevalue("postgres") if kind == "postgres" else str(tmp_path / "journal.log")
     total = 8
     where = ["--storage", url, "--study-name", kind, "-f", tmp_path / "logs", "--max-total-trials", total, "--heartbeat", 1]
-    # Longer trials, so that the kill meets one
     options = [*TINY, "--pruner", "none"]
-    options[options.index("-n") + 1] = "150"
     workers = [worker(*options, *where, "--seed", seed) for seed in (1, 2)]
     try:
         storage = open_storage(url)
