@@ -22,7 +22,8 @@ def make_model(action_space=ACTIONS, trained=True, **kwargs) -> QSM:
     model = QSM(
         "MlpPolicy",
         DummyEnv(OBSERVATIONS, action_space),
-        policy_kwargs={"net_arch": [16]},
+        # What is asserted of these networks shall not depend on the defaults
+        policy_kwargs={"net_arch": [16], "xavier": False, "critic_activation_fn": th.nn.ReLU},
         learning_starts=5,
         batch_size=8,
         buffer_size=100,
@@ -85,6 +86,51 @@ def test_deterministic_action_of_the_actor_and_after_loading(tmp_path, best_of_n
         # The actor alone has no critics to choose by
         first = th.as_tensor(model.policy.scale_action(action))
         assert th.allclose(model.actor(tensor, deterministic=True), first, atol=1e-5) == (best_of_n == 1)
+
+
+def add_noise_to_data(model: QSM) -> None:
+    for parameter in model.actor.parameters():
+        parameter.data.add_(0.1 * th.randn_like(parameter))
+
+
+@th.no_grad()
+def add_noise_in_place(model: QSM) -> None:
+    for parameter in model.actor.parameters():
+        parameter.add_(0.1 * th.randn_like(parameter))
+
+
+def load_another_vector(model: QSM) -> None:
+    vector = model.actor.parameters_to_vector()
+    model.actor.load_from_vector(vector + np.random.normal(0.0, 0.1, len(vector)))
+
+
+def load_another_state(model: QSM) -> None:
+    state = model.policy.state_dict()
+    model.policy.load_state_dict({name: value + 0.1 * th.randn_like(value) for name, value in state.items()})
+
+
+def step_of_the_optimizer(model: QSM) -> None:
+    for parameter in model.actor.parameters():
+        parameter.grad = th.randn_like(parameter)
+    model.actor.optimizer.param_groups[0]["lr"] = 0.02
+    model.actor.optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "change", [add_noise_to_data, add_noise_in_place, load_another_vector, load_another_state, step_of_the_optimizer]
+)
+def test_acting_follows_every_change_of_the_parameters(change):
+    model = make_model(noise_schedule="vp", trained=False)
+    obs = observations(20)
+    previous, _ = model.predict(obs, deterministic=True)
+    for _ in range(3):
+        change(model)
+        action, _ = model.predict(obs, deterministic=True)
+        fresh = make_model(noise_schedule="vp", trained=False)
+        fresh.policy.load_state_dict(model.policy.state_dict())
+        np.testing.assert_array_equal(action, fresh.predict(obs, deterministic=True)[0])
+        assert not np.array_equal(action, previous)
+        previous = action
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -234,7 +234,7 @@ def test_no_warnings(tmp_path, make):
         model.save(tmp_path / "model")
         model.save_replay_buffer(tmp_path / "buffer")
         loaded = QSM.load(tmp_path / "model", env=model.env)
-        loaded.load_replay_buffer(tmp_path / "buffer")
+        loaded.load_replay_buffer(tmp_path / "buffer", truncate_last_traj=False)
         loaded.learn(10, reset_num_timesteps=False)
     assert loaded.num_timesteps == 25
     assert type(loaded.replay_buffer) is type(model.replay_buffer)
