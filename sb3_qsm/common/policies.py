@@ -158,12 +158,12 @@ class DiffusionActor(BasePolicy):
         :return: Latents of shape ``(n * batch, action_dim)``, all observations for the first latent first, and noise of shape
             ``(T, n * batch, action_dim)`` or None
         """
+        if deterministic and n == 1:
+            return th.zeros(batch_size, self.action_dim, device=self.device), None
         if deterministic:
-            latents = th.zeros(n, 1, self.action_dim)
-            if n > 1:
-                # A constant, drawn by a generator of its own: acting must not touch the global ones
-                generator = th.Generator().manual_seed(0)
-                latents[1:] = th.randn(n - 1, 1, self.action_dim, generator=generator)
+            # A constant, drawn by a generator of its own: acting must not touch the global ones
+            latents = th.randn(n, 1, self.action_dim, generator=th.Generator().manual_seed(0))
+            latents[0] = 0.0
             return latents.to(self.device).expand(n, batch_size, self.action_dim).reshape(n * batch_size, -1), None
         noise = th.randn(self.diffusion_steps + 1, n * batch_size, self.action_dim, device=self.device)
         return noise[0], noise[1:]
@@ -439,9 +439,14 @@ class DiffusionPolicy(BasePolicy):
         return self._predict(obs, deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        if self.best_of_n == 1:
+        if self.best_of_n > 1:
+            return self._best_of_n(observation, deterministic)
+        if th.is_grad_enabled():
             return self.actor.forward(observation, deterministic)
-        return self._best_of_n(observation, deterministic)
+        # Operations cost less without autograd's bookkeeping; the copy is an ordinary tensor again
+        with th.inference_mode():
+            actions = self.actor.forward(observation, deterministic)
+        return actions.clone()
 
     def _best_of_n(self, observation: PyTorchObs, deterministic: bool) -> th.Tensor:
         """Draw ``best_of_n`` actions for each observation and keep the one with the highest min_i Q_i(s, a)."""

@@ -58,7 +58,7 @@ class FourierFeatures(nn.Module):
         :param t: Diffusion steps, shape ``(batch,)``
         :return: Features, shape ``(batch, output_dim)``
         """
-        phase = (2.0 * math.pi) * t.to(self.weight.dtype).unsqueeze(-1) * self.weight
+        phase = th.outer(t.to(self.weight.dtype), (2.0 * math.pi) * self.weight)
         return th.cat([phase.cos(), phase.sin()], dim=-1)
 
 

@@ -31,7 +31,7 @@ def predict_clean_sample(x: th.Tensor, eps: th.Tensor, signal: th.Tensor | float
 def _clean_sample(x: th.Tensor, eps: th.Tensor, schedule: NoiseSchedule, t: int) -> th.Tensor:
     """:func:`predict_clean_sample` where the whole batch is at step t, in three cheap operations."""
     signal, sigma = schedule.signal_rates[t], schedule.noise_rates[t]
-    return th.sub(x / signal, eps, alpha=sigma / signal).clamp(-1.0, 1.0)
+    return (x / signal).sub_(eps, alpha=sigma / signal).clamp_(-1.0, 1.0)
 
 
 def ddpm(
@@ -54,11 +54,12 @@ def ddpm(
     """
     x = x_last
     last = schedule.diffusion_steps - 1
+    draws = None if noise is None else noise.unbind()
     for t in range(last, -1, -1):
-        x = schedule.recip_sqrt_alphas[t] * th.sub(x, predict_noise(x, t), alpha=schedule.eps_coefs[t])
-        if t > 0 and noise is not None:
-            x = th.add(x, noise[last - t], alpha=schedule.sqrt_betas[t] * temperature)
-        x = x.clamp(-1.0, 1.0)
+        x = th.sub(x, predict_noise(x, t), alpha=schedule.eps_coefs[t]).mul_(schedule.recip_sqrt_alphas[t])
+        if t > 0 and draws is not None:
+            x = x.add_(draws[last - t], alpha=schedule.sqrt_betas[t] * temperature)
+        x = x.clamp_(-1.0, 1.0)
     return x
 
 
@@ -82,13 +83,14 @@ def ddpm_x0(
     """
     x = x_last
     last = schedule.diffusion_steps - 1
+    draws = None if noise is None else noise.unbind()
     for t in range(last, -1, -1):
         clean = _clean_sample(x, predict_noise(x, t), schedule, t)
         if t == 0:
             return clean
-        x = th.add(schedule.posterior_clean_coefs[t] * clean, x, alpha=schedule.posterior_noisy_coefs[t])
-        if noise is not None:
-            x = th.add(x, noise[last - t], alpha=schedule.posterior_stds[t] * temperature)
+        x = clean.mul_(schedule.posterior_clean_coefs[t]).add_(x, alpha=schedule.posterior_noisy_coefs[t])
+        if draws is not None:
+            x = x.add_(draws[last - t], alpha=schedule.posterior_stds[t] * temperature)
     raise AssertionError("a schedule has at least one step")  # pragma: no cover
 
 
