@@ -174,7 +174,7 @@ def test_best_of_n_takes_the_highest_minimum_of_the_critics(n_envs, deterministi
 
     th.manual_seed(5)
     latents, noise = model.actor.draw_latents(n_envs, deterministic, n)
-    chosen = set()
+    chosen, spreads = set(), []
     for i, observation in enumerate(th.as_tensor(obs)):
         candidates = []
         for k in range(n):
@@ -187,7 +187,9 @@ def test_best_of_n_takes_the_highest_minimum_of_the_critics(n_envs, deterministi
         best = int(np.argmax(q_values))
         chosen.add(best)
         np.testing.assert_allclose(action[i], candidates[best].numpy(), atol=1e-5)
-        assert max(q_values) > min(q_values)
+        spreads.append(max(q_values) - min(q_values))
+    # Where the chain ends in a corner, all candidates may be the same
+    assert max(spreads) > 0
     if n_envs > 1:
         assert len(chosen) > 1
 
