@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import pathlib
 import zipfile
 import zlib
@@ -32,6 +33,7 @@ from stable_baselines3.common.utils import (
 )
 from torch import nn
 
+from sb3_qsm.common.checkpoint import resume
 from sb3_qsm.common.policies import DiffusionActor, DiffusionPolicy, QCritic
 from sb3_qsm.diffusion import NOISE_SCHEDULES, SAMPLERS
 from sb3_qsm.qsm.losses import ActorLoss, CriticLoss, Gradients, Metrics, Transitions, UpdateNoise
@@ -552,6 +554,22 @@ class QSM(OffPolicyAlgorithm):
             reset_num_timesteps=reset_num_timesteps,
             progress_bar=progress_bar,
         )
+
+    @classmethod
+    def resume(
+        cls: type[SelfQSM], path: str | os.PathLike[str], env: GymEnv, device: th.device | str = "auto", **kwargs: Any
+    ) -> SelfQSM:
+        """
+        Go on with a run from its checkpoint, see :func:`sb3_qsm.common.checkpoint.resume`:
+        ``model.learn(total_timesteps - model.num_timesteps, reset_num_timesteps=False)``.
+
+        :param path: A run's folder or the checkpoint itself
+        :param env: Environment like the one of the interrupted run, with ``VecNormalize`` around it if it had that
+        :param device: Device of the networks
+        :param kwargs: Further arguments of ``load``, such as ``tensorboard_log``
+        :return: The model, with its replay buffer, random number generators and counters
+        """
+        return resume(cls, path, env, device, **kwargs)
 
     @classmethod
     def load(

@@ -139,7 +139,7 @@ class Broken(gym.Env):
         reward = float("nan") if self.broken and self.steps > WHEN else 1.0
         return np.zeros(2, np.float32), reward, False, self.steps >= 10, {}
 
-gym.register("Broken-v0", Broken)
+gym.register(f"{__name__}-v0", Broken)
 """
 
 
@@ -149,7 +149,7 @@ def test_trials_that_are_not_finite_are_pruned(cli, tmp_path, monkeypatch, when)
     (tmp_path / f"broken_env_{when}.py").write_text(BROKEN_ENV.replace("WHEN", str(when)))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    options = ["--env", "Broken-v0", "--gym-packages", f"broken_env_{when}", "-n", "40", "--eval-episodes", "1"]
+    options = ["--env", f"broken_env_{when}-v0", "--gym-packages", f"broken_env_{when}", "-n", "40", "--eval-episodes", "1"]
     options += ["--n-evaluations", "1", "--pruner", "none", "--sampler", "random", "--no-optim-plots", "-optimize"]
     starts = 10 if when == 0 else 100
     where = ["--storage", tmp_path / "journal.log", "--study-name", "broken", "-f", tmp_path / "logs"]
@@ -166,7 +166,18 @@ def test_trials_that_are_not_finite_are_pruned(cli, tmp_path, monkeypatch, when)
 def test_a_study_without_a_finished_trial_says_so(cli, tmp_path, monkeypatch):
     (tmp_path / "always_broken_env.py").write_text(BROKEN_ENV.replace("WHEN", "0").replace("% 2 == 0", ">= 0"))
     monkeypatch.syspath_prepend(tmp_path)
-    options = ["--env", "Broken-v0", "--gym-packages", "always_broken_env", "-n", "20", "--eval-episodes", "1", "-f", tmp_path]
+    options = [
+        "--env",
+        "always_broken_env-v0",
+        "--gym-packages",
+        "always_broken_env",
+        "-n",
+        "20",
+        "--eval-episodes",
+        "1",
+        "-f",
+        tmp_path,
+    ]
     options += ["--n-evaluations", "1", "--no-optim-plots", "-optimize", "--n-trials", 2, "-params", "learning_starts:10"]
     status, _, err = cli("train", *options)
     assert status == 2
