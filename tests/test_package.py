@@ -15,10 +15,12 @@ import sb3_qsm
 
 ROOT = Path(__file__).parents[1]
 MARKDOWN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# A snippet that needs something the text made before says so in a comment above it
+SNIPPET = re.compile(r"(?<!-->\n)^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SNIPPETS = [
     pytest.param(code, id=f"{path.stem}-{number}")
     for path in MARKDOWN
-    for number, code in enumerate(re.findall(r"^```python\n(.*?)^```", path.read_text("utf-8"), re.MULTILINE | re.DOTALL))
+    for number, code in enumerate(SNIPPET.findall(path.read_text("utf-8")))
 ]
 
 
