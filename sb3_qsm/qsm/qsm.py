@@ -74,8 +74,8 @@ class QSM(OffPolicyAlgorithm):
 
     Paper: https://arxiv.org/abs/2312.11752
 
-    The defaults are not the paper's: they weight the gradient by the noise level, take it at the denoised action and scale it by
-    its running magnitude. :meth:`paper_hyperparameters` has the paper's.
+    The defaults are not the paper's: they weight the gradient by the noise level, take it at the denoised action and scale it
+    by its running magnitude. :meth:`paper_hyperparameters` has the paper's.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str)
@@ -114,8 +114,8 @@ class QSM(OffPolicyAlgorithm):
     :param target_update_interval: Update the target critics once every ``target_update_interval`` gradient steps
     :param best_of_n: Number of actions to draw when acting; the one with the highest minimum over the critics is taken
     :param exploration_noise: Standard deviation of the Gaussian noise added to the scaled actions while collecting
-    :param compile: Compile the gradients of both losses with ``torch.compile``, which needs a C++ compiler and about a minute at
-        the first gradient step. Whether it pays depends on the processor: on AMD's with AVX-512 the eager update is faster
+    :param compile: Compile the gradients of both losses with ``torch.compile``, which needs a C++ compiler and about a minute
+        at the first gradient step. Whether it pays depends on the processor: on AMD's with AVX-512 the eager update is faster
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
     :param tensorboard_log: The log location for tensorboard (if None, no logging)
     :param policy_kwargs: Additional arguments to be passed to the policy on creation
