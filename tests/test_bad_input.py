@@ -162,6 +162,17 @@ class FaultyEnv(gym.Env):
         return self.observation("terminal" if done else "observation"), reward, done, False, {}
 
 
+@pytest.mark.parametrize("quantity", ["observation", "reward"])
+def test_infinity_behind_vec_normalize(quantity):
+    """VecNormalize clips what it returns; the buffer gets the original."""
+    env = VecNormalize(DummyVecEnv([lambda: FaultyEnv(quantity, at=7, value=np.inf)]), training=False)
+    model = make_model(env)
+    with pytest.raises(ValueError, match=f"non-finite {quantity} at environment step 7"):
+        model.learn(20)
+    assert np.isfinite(model.replay_buffer.next_observations).all()
+    assert np.isfinite(model.replay_buffer.rewards).all()
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(
     ("quantity", "at", "step", "named"),

@@ -503,6 +503,10 @@ class QSM(OffPolicyAlgorithm):
         # Before anything is stored: the buffer stays good and can be saved
         self._require_finite_from_env("reward", reward)
         self._require_finite_from_env("observation", new_obs)
+        if self._vec_normalize_env is not None:
+            # What the buffer gets; VecNormalize clips an infinity out of what it returns
+            self._require_finite_from_env("reward", self._vec_normalize_env.get_original_reward())
+            self._require_finite_from_env("observation", self._vec_normalize_env.get_original_obs())
         for info in infos:
             if "terminal_observation" in info:
                 self._require_finite_from_env("terminal observation", info["terminal_observation"])
