@@ -39,7 +39,7 @@ def _matmul(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None = None) -> t
     """x @ weight.T + bias by oneDNN; the matrices may be transposed."""
     if weight.shape[0] * weight.shape[1] < MIN_WEIGHTS or x.shape[0] < MIN_ROWS:
         return F.linear(x, weight, bias)
-    if weight.stride(0) != 1:
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()  # a part of a matrix would take oneDNN's slow general path
     product: th.Tensor = th.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product

@@ -18,6 +18,7 @@ from sb3_qsm.qsm.targets import (
     SCORE_TARGETS,
     DiffusedActions,
     action_gradient,
+    clip_gradient,
     running_gradient_norm,
 )
 
@@ -160,6 +161,7 @@ class ActorLoss(nn.Module):
         q_grad_norm: th.Tensor,
         temperature: th.Tensor,
         q_grad_coef: th.Tensor | None,
+        q_grad_clip: th.Tensor | None = None,
     ) -> tuple[th.Tensor, Metrics]:
         """
         :param features: The actor's features of s, shape ``(batch, features_dim)``
@@ -169,6 +171,7 @@ class ActorLoss(nn.Module):
         :param q_grad_norm: Running mean of the gradient's magnitude, a scalar
         :param temperature: Temperature on the scale-free form, a scalar
         :param q_grad_coef: Fixed factor (the paper's M_q) in place of the scale-free form, a scalar
+        :param q_grad_clip: Largest magnitude of a state's gradient in units of the running mean, a scalar; None for no limit
         :return: Loss, and metrics with the new running mean
         """
         schedule = self.actor.schedule
@@ -180,7 +183,8 @@ class ActorLoss(nn.Module):
         q_gradient = self.q_gradient(critic_features, query_actions)
         q_grad_norm = running_gradient_norm(q_grad_norm, q_gradient)
         scale = 1.0 / (temperature * q_grad_norm) if q_grad_coef is None else q_grad_coef
-        eps_target = -weight * scale * q_gradient
+        clipped = q_gradient if q_grad_clip is None else clip_gradient(q_gradient, q_grad_clip * q_grad_norm)
+        eps_target = -weight * scale * clipped
 
         loss = noise_prediction_loss(eps, eps_target)
         return loss, {

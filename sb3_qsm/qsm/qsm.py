@@ -107,6 +107,8 @@ class QSM(OffPolicyAlgorithm):
     :param temperature: Temperature lambda of the Boltzmann policy, on the scale where the mean absolute component of the
         critic's action gradient is one
     :param q_grad_coef: Fixed factor on the critic's gradient (the paper's M_q) in place of the scale-free ``temperature``
+    :param q_grad_clip: Largest mean absolute component of a state's action gradient, in units of its running mean; larger
+        gradients are scaled down. ``None`` for no limit; not used with ``q_grad_coef``
     :param target_policy_noise: Standard deviation of the Gaussian noise added to the next action in the critic's target
     :param gradient_critic: Critics whose gradient the actor follows: ``"target"`` or ``"online"`` (after their update)
     :param critic_reduction: How the critics are combined for that gradient: ``"mean"`` or ``"min"``
@@ -159,10 +161,11 @@ class QSM(OffPolicyAlgorithm):
         sampler: str = "ddpm_x0",
         sampling_temperature: float = 1.0,
         score_target: str = "denoised",
-        temperature: float = 0.2,
+        temperature: float = 0.1,
         q_grad_coef: float | None = None,
+        q_grad_clip: float | None = 1.0,
         target_policy_noise: float = 0.0,
-        gradient_critic: str = "online",
+        gradient_critic: str = "target",
         critic_reduction: str = "mean",
         policy_delay: int = 1,
         target_update_interval: int = 1,
@@ -211,6 +214,7 @@ class QSM(OffPolicyAlgorithm):
         self.score_target = score_target
         self.temperature = temperature
         self.q_grad_coef = q_grad_coef
+        self.q_grad_clip = q_grad_clip
         self.target_policy_noise = target_policy_noise
         self.gradient_critic = gradient_critic
         self.critic_reduction = critic_reduction
@@ -288,6 +292,8 @@ class QSM(OffPolicyAlgorithm):
         number("temperature", 0.0, strict=True)
         if self.q_grad_coef is not None:
             number("q_grad_coef", 0.0, strict=True)
+        if self.q_grad_clip is not None:
+            number("q_grad_clip", 0.0, strict=True)
         for name in ("sampling_temperature", "target_policy_noise", "exploration_noise"):
             number(name, 0.0)
         number("tau", 0.0, high=1.0)
@@ -424,6 +430,7 @@ class QSM(OffPolicyAlgorithm):
         features = self.actor.features(batch.observations)
         with th.no_grad():
             critic_features = self._gradient_critic().features(batch.observations)
+        clip = self.q_grad_clip if self.q_grad_coef is None else None
         metrics = self._actor_gradients(
             features,
             critic_features,
@@ -432,6 +439,7 @@ class QSM(OffPolicyAlgorithm):
             self.q_grad_norm,
             th.tensor(float(self.temperature), device=self.device),
             None if self.q_grad_coef is None else th.tensor(float(self.q_grad_coef), device=self.device),
+            None if clip is None else th.tensor(float(clip), device=self.device),
         )
         self._check_finite("actor_loss", metrics)
         self.actor.optimizer.step()

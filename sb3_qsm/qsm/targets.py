@@ -95,3 +95,16 @@ def running_gradient_norm(previous: th.Tensor, gradient: th.Tensor, rate: float 
     """
     current = gradient.abs().mean()
     return th.where(previous > 0, th.lerp(previous, current, rate), current).clamp_min(1e-8)
+
+
+def clip_gradient(gradient: th.Tensor, max_magnitude: th.Tensor) -> th.Tensor:
+    """
+    Scale down the gradients whose mean absolute component is larger than a limit; their direction stays. Few states have by
+    far the steepest critics, and without a limit they rule the regression.
+
+    :param gradient: Action gradient, shape ``(batch, action_dim)``
+    :param max_magnitude: The limit, a scalar
+    :return: Gradient of the same shape
+    """
+    magnitude = gradient.abs().mean(dim=1, keepdim=True)
+    return gradient * (max_magnitude / magnitude.clamp_min(1e-12)).clamp_max(1.0)
