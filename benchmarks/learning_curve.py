@@ -32,9 +32,18 @@ from sb3_qsm import QSM
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": QSM.paper_hyperparameters(),
-    "flowrl": {"score_target": "noised", "diffusion_steps": 20},
-    "noised": {"score_target": "noised"},
-    "clean": {"score_target": "clean"},
+    # FlowRL's QSM (arXiv 2603.27450), written out so that it stays what it is when the defaults move
+    "flowrl": {
+        "score_target": "noised",
+        "diffusion_steps": 20,
+        "noise_schedule": "cosine",
+        "sampler": "ddpm_x0",
+        "temperature": 0.1,
+        "q_grad_clip": None,
+        "gradient_critic": "target",
+        "critic_reduction": "mean",
+        "target_policy_noise": 0.0,
+    },
 }
 
 
@@ -80,6 +89,8 @@ class EvaluateToCsv(BaseCallback):
             row[f"{name}_std"] = round(float(np.std(returns)), 3)
         th.set_rng_state(states[0])
         np.random.set_state(states[1])
+        spread = self.model._action_std() if isinstance(self.model, QSM) else None
+        row["action_std"] = round(spread, 4) if spread is not None else ""
         for key in ("q_mean", "q_grad", "action_saturation", "critic_loss", "actor_loss"):
             value = self.model.logger.name_to_value.get(f"train/{key}")
             row[key] = round(float(value), 5) if value is not None else ""
