@@ -120,7 +120,7 @@ def train_actor(critic: th.nn.Module, target: str, draw: Callable[[int], Array],
         noise_schedule="vp",
         sampler="ddpm",
     )
-    loss_module = ActorLoss(actor, critic, target, "mean")
+    loss_module = ActorLoss(actor, [critic], target, "mean")
     optimizer = th.optim.Adam(actor.parameters(), lr=2e-3, fused=True)
     # The clean target is noisy where little of the signal is left: average the parameters, as is usual for diffusion models
     averaged = th.optim.swa_utils.AveragedModel(actor.score_network)
@@ -130,7 +130,9 @@ def train_actor(critic: th.nn.Module, target: str, draw: Callable[[int], Array],
     for step in range(2000):
         actions = th.as_tensor(draw(2048), dtype=th.float32)
         noise = UpdateNoise(empty, empty, empty, th.randn_like(actions), th.multinomial(frequency, 2048, True))
-        loss, _ = loss_module(features, features, actions, noise, th.zeros(()), th.tensor(1.0), th.tensor(sign / TEMPERATURE))
+        loss, _ = loss_module(
+            features, [features], actions, noise, th.zeros(()), th.tensor(1.0), th.tensor(sign / TEMPERATURE)
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -186,7 +186,7 @@ def test_golden_update(golden_path: Path, compiled: bool) -> None:
 
     noisy_actions = schedule.add_noise(batch.actions, noise.eps, noise.t)
     close("noised actions", noisy_actions, arrays["out/noisy_actions"], 1e-5)
-    q_gradient = model._actor_gradients.loss.q_gradient(batch.observations, noisy_actions)
+    q_gradient = model._actor_gradients.loss.q_gradient([batch.observations], noisy_actions)
     close("critic gradient", q_gradient, arrays["out/critic_jacobian"], 1e-4)
     metrics = model._update_actor(batch, noise)
     close("actor loss", metrics["actor_loss"], arrays["out/actor_loss"], 1e-5)

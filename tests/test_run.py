@@ -272,7 +272,7 @@ def test_action_noise_replaces_exploration_noise(exploration_noise):
         *({"noise_schedule": name} for name in NOISE_SCHEDULES),
         *({"score_target": name} for name in SCORE_TARGETS),
         *({"critic_reduction": name} for name in CRITIC_REDUCTIONS),
-        *({"gradient_critic": name} for name in ("online", "target")),
+        *({"gradient_critic": name} for name in ("online", "target", "both")),
         {"diffusion_steps": 1},
         {"diffusion_steps": 20, "sampling_temperature": 0.5},
         {"q_grad_coef": 50.0},
@@ -369,7 +369,7 @@ def logged_after_train(model: QSM) -> float:
     return logged(model, "critic_loss")
 
 
-@pytest.mark.parametrize("gradient_critic", ["online", "target"])
+@pytest.mark.parametrize("gradient_critic", ["online", "target", "both"])
 def test_actor_update_leaves_the_critics_alone_and_the_reverse(gradient_critic):
     model = make_filled_model(gradient_critic=gradient_critic)
     batch = model.replay_buffer.sample(8)

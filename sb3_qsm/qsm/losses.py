@@ -6,6 +6,7 @@ They are modules so that the networks are found by name: ordinary autograd diffe
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch as th
@@ -133,29 +134,34 @@ class ActorLoss(nn.Module):
     :math:`\epsilon^* = -w_t c \nabla_a Q(s, q)`: neither the critics nor the sampler receive a gradient.
 
     :param actor: Diffusion actor
-    :param critic: Critics whose action gradient is followed
+    :param critics: Critics whose action gradient is followed; several are combined as if they were one with more heads
     :param score_target: One of :data:`SCORE_TARGETS`, which gives q and w_t
     :param critic_reduction: One of :data:`CRITIC_REDUCTIONS`
     """
 
-    def __init__(self, actor: DiffusionActor, critic: QCritic, score_target: str, critic_reduction: str) -> None:
+    def __init__(self, actor: DiffusionActor, critics: Sequence[QCritic], score_target: str, critic_reduction: str) -> None:
         super().__init__()
-        self.actor, self.critic = actor, critic
+        self.actor, self.critics = actor, nn.ModuleList(critics)
         self.score_target = SCORE_TARGETS[score_target]
         self.reduce = CRITIC_REDUCTIONS[critic_reduction]
 
-    def q_gradient(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+    def q_gradient(self, features: Sequence[th.Tensor], actions: th.Tensor) -> th.Tensor:
         """
-        :param features: The critics' features of s, shape ``(batch, features_dim)``
+        :param features: Features of s for each of the critics, shape ``(batch, features_dim)``
         :param actions: Where to take the gradient, shape ``(batch, action_dim)``
         :return: Gradient of the combined critics in the action, without a graph
         """
-        return action_gradient(lambda a: self.reduce(self.critic.q_values(features, a)), actions)
+
+        def q_fn(a: th.Tensor) -> th.Tensor:
+            values = [critic.q_values(f, a) for critic, f in zip(self.critics, features, strict=True)]  # type: ignore[operator]
+            return self.reduce(th.cat(values))
+
+        return action_gradient(q_fn, actions)
 
     def forward(
         self,
         features: th.Tensor,
-        critic_features: th.Tensor,
+        critic_features: Sequence[th.Tensor],
         actions: th.Tensor,
         noise: UpdateNoise,
         q_grad_norm: th.Tensor,
@@ -165,7 +171,7 @@ class ActorLoss(nn.Module):
     ) -> tuple[th.Tensor, Metrics]:
         """
         :param features: The actor's features of s, shape ``(batch, features_dim)``
-        :param critic_features: The critics' features of s, shape ``(batch, features_dim)``
+        :param critic_features: Features of s for each of the critics, shape ``(batch, features_dim)``
         :param actions: Replayed actions, shape ``(batch, action_dim)``
         :param noise: Random numbers of the update
         :param q_grad_norm: Running mean of the gradient's magnitude, a scalar

@@ -35,6 +35,8 @@ from torch import nn
 
 from sb3_qsm.common.checkpoint import resume
 from sb3_qsm.common.policies import DiffusionActor, DiffusionPolicy, QCritic
+from sb3_qsm.common.safe import load_safe, save_safe
+from sb3_qsm.common.schema import SCHEDULES
 from sb3_qsm.diffusion import NOISE_SCHEDULES, SAMPLERS
 from sb3_qsm.qsm.losses import ActorLoss, CriticLoss, Gradients, Metrics, Transitions, UpdateNoise
 from sb3_qsm.qsm.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
@@ -66,6 +68,9 @@ class CosineDecay:
 
     def __repr__(self) -> str:
         return f"CosineDecay({self.initial_value}, {self.total_timesteps}, {self.decay_steps}, {self.learning_starts})"
+
+
+SCHEDULES["CosineDecay"] = CosineDecay
 
 
 class QSM(OffPolicyAlgorithm):
@@ -110,12 +115,16 @@ class QSM(OffPolicyAlgorithm):
     :param q_grad_clip: Largest mean absolute component of a state's action gradient, in units of its running mean; larger
         gradients are scaled down. ``None`` for no limit; not used with ``q_grad_coef``
     :param target_policy_noise: Standard deviation of the Gaussian noise added to the next action in the critic's target
-    :param gradient_critic: Critics whose gradient the actor follows: ``"target"`` or ``"online"`` (after their update)
+    :param gradient_critic: Critics whose gradient the actor follows: ``"online"`` (after their update), ``"target"`` or
+        ``"both"``
     :param critic_reduction: How the critics are combined for that gradient: ``"mean"`` or ``"min"``
     :param policy_delay: Update the actor once every ``policy_delay`` gradient steps
     :param target_update_interval: Update the target critics once every ``target_update_interval`` gradient steps
     :param best_of_n: Number of actions to draw when acting; the one with the highest minimum over the critics is taken
     :param exploration_noise: Standard deviation of the Gaussian noise added to the scaled actions while collecting
+    :param exploration_initial_eps: Probability that an action is uniformly random instead, at the first step after
+        ``learning_starts``; it falls linearly to zero
+    :param exploration_decay_steps: Environment step at which that probability is zero
     :param compile: Compile the gradients of both losses with ``torch.compile``, which needs a C++ compiler and about a minute
         at the first gradient step. Whether it pays depends on the processor: on AMD's with AVX-512 the eager update is faster
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
@@ -165,12 +174,14 @@ class QSM(OffPolicyAlgorithm):
         q_grad_coef: float | None = None,
         q_grad_clip: float | None = 1.0,
         target_policy_noise: float = 0.0,
-        gradient_critic: str = "target",
+        gradient_critic: str = "both",
         critic_reduction: str = "mean",
         policy_delay: int = 1,
         target_update_interval: int = 1,
         best_of_n: int = 1,
         exploration_noise: float = 0.1,
+        exploration_initial_eps: float = 0.5,
+        exploration_decay_steps: int = 10_000,
         compile: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -222,6 +233,8 @@ class QSM(OffPolicyAlgorithm):
         self.target_update_interval = target_update_interval
         self.best_of_n = best_of_n
         self.exploration_noise = exploration_noise
+        self.exploration_initial_eps = exploration_initial_eps
+        self.exploration_decay_steps = exploration_decay_steps
         self.compile = compile
 
         if _init_setup_model:
@@ -253,6 +266,7 @@ class QSM(OffPolicyAlgorithm):
             "gradient_critic": "online",
             "critic_reduction": "mean",
             "exploration_noise": 0.1,
+            "exploration_initial_eps": 0.0,
             "policy_kwargs": {
                 "net_arch": [512, 512],
                 "activation_fn": nn.Mish,
@@ -285,9 +299,10 @@ class QSM(OffPolicyAlgorithm):
         choose("sampler", SAMPLERS)
         choose("score_target", SCORE_TARGETS)
         choose("critic_reduction", CRITIC_REDUCTIONS)
-        choose("gradient_critic", ("online", "target"))
+        choose("gradient_critic", ("both", "online", "target"))
         for name in ("diffusion_steps", "best_of_n", "policy_delay", "target_update_interval", "batch_size", "buffer_size"):
             integer(name, 1)
+        integer("exploration_decay_steps", 0)
         integer("n_steps", 1)
         number("temperature", 0.0, strict=True)
         if self.q_grad_coef is not None:
@@ -296,6 +311,7 @@ class QSM(OffPolicyAlgorithm):
             number("q_grad_clip", 0.0, strict=True)
         for name in ("sampling_temperature", "target_policy_noise", "exploration_noise"):
             number(name, 0.0)
+        number("exploration_initial_eps", 0.0, high=1.0)
         number("tau", 0.0, high=1.0)
         number("gamma", 0.0, high=1.0)
         twice = sorted(set(self._diffusion_kwargs()) & set(self.policy_kwargs))
@@ -349,14 +365,18 @@ class QSM(OffPolicyAlgorithm):
             CriticLoss(self.actor, self.critic, self.critic_target), self.critic.optimizer, self.compile
         )
         self._actor_gradients = Gradients(
-            ActorLoss(self.actor, self._gradient_critic(), self.score_target, self.critic_reduction),
+            ActorLoss(self.actor, self._gradient_critics(), self.score_target, self.critic_reduction),
             self.actor.optimizer,
             self.compile,
         )
 
-    def _gradient_critic(self) -> QCritic:
+    def _gradient_critics(self) -> list[QCritic]:
         """The critics whose action gradient the actor follows."""
-        return self.critic_target if self.gradient_critic == "target" else self.critic
+        return {
+            "online": [self.critic],
+            "target": [self.critic_target],
+            "both": [self.critic, self.critic_target],
+        }[self.gradient_critic]
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor
@@ -429,7 +449,7 @@ class QSM(OffPolicyAlgorithm):
         """One step on mean || eps(s, a_t, t) - eps* ||^2, where eps* is the scaled action gradient of the critics."""
         features = self.actor.features(batch.observations)
         with th.no_grad():
-            critic_features = self._gradient_critic().features(batch.observations)
+            critic_features = [critic.features(batch.observations) for critic in self._gradient_critics()]
         clip = self.q_grad_clip if self.q_grad_coef is None else None
         metrics = self._actor_gradients(
             features,
@@ -485,7 +505,18 @@ class QSM(OffPolicyAlgorithm):
         if action_noise is None and self.exploration_noise > 0:
             shape = (n_envs, *self.action_space.shape)  # type: ignore[misc]
             action_noise = NormalActionNoise(np.zeros(shape), np.full(shape, self.exploration_noise))
-        return super()._sample_action(learning_starts, action_noise, n_envs)
+        actions, buffer_actions = super()._sample_action(learning_starts, action_noise, n_envs)
+        eps = self._exploration_eps()
+        if eps > 0 and self.num_timesteps >= learning_starts:
+            random = np.random.rand(n_envs) < eps
+            buffer_actions[random] = np.random.uniform(-1.0, 1.0, buffer_actions[random].shape)
+            actions = self.policy.unscale_action(buffer_actions)
+        return actions, buffer_actions
+
+    def _exploration_eps(self) -> float:
+        """Probability of a random action at the present step."""
+        decay = max(self.exploration_decay_steps, 1)
+        return self.exploration_initial_eps * max(0.0, 1.0 - self.num_timesteps / decay)
 
     def _setup_learn(
         self,
@@ -610,6 +641,35 @@ class QSM(OffPolicyAlgorithm):
         """
         cls._check_saved_file(path)
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+    def save_safe(self, path: str | os.PathLike[str] | io.BufferedIOBase) -> None:
+        """
+        Write the model to a file that can be opened without trust, see :func:`sb3_qsm.common.safe.save_safe`.
+
+        :param path: File to write (``.safetensors`` is added to a name without suffix) or a binary stream
+        :raises ValueError: if something of the model cannot be expressed, such as a function as schedule; nothing is written
+        """
+        save_safe(self, path)
+
+    @classmethod
+    def load_safe(
+        cls: type[SelfQSM],
+        path: str | os.PathLike[str] | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        **kwargs: Any,
+    ) -> SelfQSM:
+        """
+        Read a model that :meth:`save_safe` wrote, running no code of the file, see :func:`sb3_qsm.common.safe.load_safe`.
+
+        :param path: File or a binary stream
+        :param env: Environment to go on with; it is reset before training. None to predict only
+        :param device: Device of the networks
+        :param kwargs: Arguments of the constructor that replace those in the file, such as ``buffer_size``
+        :return: The model
+        :raises ValueError: if the file is no safe model, is damaged, says anything that is not allowed or does not fit ``env``
+        """
+        return load_safe(cls, path, env, device, **kwargs)
 
     @classmethod
     def _check_saved_file(cls, path: str | pathlib.Path | io.BufferedIOBase) -> None:
