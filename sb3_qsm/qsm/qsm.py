@@ -35,7 +35,6 @@ from torch import nn
 
 from sb3_qsm.common.checkpoint import resume
 from sb3_qsm.common.policies import DiffusionActor, DiffusionPolicy, QCritic
-from sb3_qsm.common.schema import SCHEDULES
 from sb3_qsm.diffusion import NOISE_SCHEDULES, SAMPLERS
 from sb3_qsm.qsm.losses import ActorLoss, CriticLoss, Gradients, Metrics, Transitions, UpdateNoise
 from sb3_qsm.qsm.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
@@ -67,9 +66,6 @@ class CosineDecay:
 
     def __repr__(self) -> str:
         return f"CosineDecay({self.initial_value}, {self.total_timesteps}, {self.decay_steps}, {self.learning_starts})"
-
-
-SCHEDULES["CosineDecay"] = CosineDecay
 
 
 class QSM(OffPolicyAlgorithm):
