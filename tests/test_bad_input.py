@@ -38,6 +38,8 @@ BAD_ARGUMENTS = [
     ({"score_target": "clear"}, "Unknown score_target 'clear'; known ones: clean, denoised, noised, paper"),
     ({"critic_reduction": "max"}, "Unknown critic_reduction 'max'; known ones: mean, min"),
     ({"gradient_critic": "mine"}, "Unknown gradient_critic 'mine'; known ones: both, online, target"),
+    ({"exploration_initial_eps": 1.5}, "exploration_initial_eps must be a number >= 0 and <= 1, got 1.5"),
+    ({"exploration_decay_steps": -1}, "exploration_decay_steps must be an integer >= 0, got -1"),
     ({"q_grad_clip": 0}, "q_grad_clip must be a number > 0, got 0"),
     ({"temperature": 0}, "temperature must be a number > 0, got 0"),
     ({"temperature": -0.1}, "temperature must be a number > 0, got -0.1"),

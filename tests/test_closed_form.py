@@ -12,7 +12,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from sb3_qsm.common.policies import DiffusionActor
 from sb3_qsm.diffusion import SAMPLERS, NoiseSchedule, ScoreNetwork, predict_clean_sample
 from sb3_qsm.qsm.losses import ActorLoss, UpdateNoise
-from sb3_qsm.qsm.targets import SCORE_TARGETS, DiffusedActions, action_gradient, running_gradient_norm
+from sb3_qsm.qsm.targets import SCORE_TARGETS, DiffusedActions, action_gradient, clip_gradient, running_gradient_norm
 
 Array = npt.NDArray[np.float64]
 TEMPERATURE = 0.05
@@ -62,6 +62,37 @@ def target_eps(name: str, schedule: NoiseSchedule, t: int, actions: Array, noisy
     )
     query, weight = SCORE_TARGETS[name](batch)
     return (-weight / TEMPERATURE * q_gradient(QuadraticCritic(), query.numpy())).numpy().astype(np.float64)
+
+
+def test_clipped_gradient() -> None:
+    """Mean magnitudes 0.5, 2 and 0 against a limit of 1: only the second row is scaled, to a mean magnitude of 1."""
+    gradient = th.tensor([[0.5, -0.5], [-3.0, 1.0], [0.0, 0.0]])
+    clipped = clip_gradient(gradient, th.tensor(1.0))
+    th.testing.assert_close(clipped, th.tensor([[0.5, -0.5], [-1.5, 0.5], [0.0, 0.0]]))
+
+
+def test_actor_loss_clips_at_the_running_mean() -> None:
+    """A gradient of mean magnitude 3 at a running mean of 1 (its own share is 0.5 %) counts as one of 1."""
+    space = spaces.Box(-1, 1, (1,))
+    th.manual_seed(0)
+    actor = DiffusionActor(space, spaces.Box(-1, 1, (2,)), [8], FlattenExtractor(space), 1)
+
+    class Linear(th.nn.Module):
+        def q_values(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+            return (3.0 * actions).sum(-1).unsqueeze(0)
+
+    features, actions = th.zeros(64, 1), th.rand(64, 2) * 2 - 1
+    noise = UpdateNoise(th.empty(0), th.empty(0), th.empty(0), th.randn(64, 2), th.randint(10, (64,)))
+    targets = {}
+    for clip in (None, 1.0, 100.0):
+        loss = ActorLoss(actor, [Linear()], "noised", "mean")
+        limit = None if clip is None else th.tensor(clip)
+        _, metrics = loss(features, [features], actions, noise, th.tensor(1.0), th.tensor(0.1), None, limit)
+        targets[clip] = metrics["score_target"].item()
+    sigma = actor.schedule.sigmas[noise.t].mean().item()
+    assert targets[1.0] == pytest.approx(sigma / 0.1, rel=1e-4)
+    assert targets[None] == pytest.approx(sigma / 0.1 * 3.0 / 1.01, rel=1e-4)
+    assert targets[100.0] == targets[None]
 
 
 @pytest.mark.parametrize("t", [0, 4, 9])

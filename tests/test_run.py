@@ -247,7 +247,9 @@ class ConstantNoise(NormalActionNoise):
 
 @pytest.mark.parametrize("exploration_noise", [0.0, 0.1])
 def test_action_noise_replaces_exploration_noise(exploration_noise):
-    model = make_filled_model(exploration_noise=exploration_noise, learning_starts=0, gradient_steps=0)
+    model = make_filled_model(
+        exploration_noise=exploration_noise, exploration_initial_eps=0.0, learning_starts=0, gradient_steps=0
+    )
 
     def collected(action_noise) -> np.ndarray:
         th.manual_seed(3)
@@ -260,6 +262,32 @@ def test_action_noise_replaces_exploration_noise(exploration_noise):
     np.random.seed(3)
     noise = np.random.normal(0.0, 1.0, (1,)) * exploration_noise
     np.testing.assert_allclose(collected(None), np.clip(scaled + noise, -1, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize(("steps", "share"), [(0, 0.8), (500, 0.4), (1000, 0.0), (5000, 0.0)])
+def test_random_actions_fade_out(steps, share):
+    """The policy always answers 0.25, so that the random actions stand out."""
+    env = make_vec_env("Pendulum-v1", n_envs=400)
+    model = make_model(
+        env=env,
+        exploration_noise=0.0,
+        exploration_initial_eps=0.8,
+        exploration_decay_steps=1000,
+        learning_starts=0,
+        seed=0,
+    )
+    model._setup_learn(1)
+    model.num_timesteps = steps
+    model._last_obs = np.zeros_like(model._last_obs)
+    model.policy._predict = lambda observation, deterministic=False: th.full((len(observation), 1), 0.25)
+    actions, buffer_actions = model._sample_action(0, None, n_envs=400)
+    random = ~np.isclose(buffer_actions[:, 0], 0.25)
+    assert abs(random.mean() - share) < 0.08
+    np.testing.assert_allclose(actions, 2.0 * buffer_actions, atol=1e-6)
+    if share:
+        # Uniform over the whole box: mean 0, standard deviation 0.577
+        assert abs(buffer_actions[random].mean()) < 0.15
+        assert abs(buffer_actions[random].std() - 0.577) < 0.06
 
 
 # Updates
@@ -332,6 +360,22 @@ def test_values_bootstrap_at_timeouts_and_not_at_terminations(done, timeout, boo
     # The critics are zero, so that the loss is the sum of their squared targets
     assert logged(model, "critic_loss") == pytest.approx(3 * target**2, rel=1e-5)
     assert logged(model, "q_mean") == 0.0
+
+
+def test_both_critics_give_the_mean_gradient():
+    """With the mean as reduction, the gradient of online and target critics together is the mean of the two gradients."""
+    models = {name: make_filled_model(gradient_critic=name) for name in ("online", "target", "both")}
+    for model in models.values():
+        with th.no_grad():
+            for parameter in model.critic.parameters():
+                parameter.mul_(1.5)
+    observations, actions = th.randn(16, 3), th.rand(16, 1) * 2 - 1
+    gradients = {}
+    for name, model in models.items():
+        features = [observations] * len(model._gradient_critics())
+        gradients[name] = model._actor_gradients.loss.q_gradient(features, actions)
+    assert not th.allclose(gradients["online"], gradients["target"], rtol=0.1)
+    th.testing.assert_close(gradients["both"], (gradients["online"] + gradients["target"]) / 2)
 
 
 def test_gamma_changed_between_updates():
