@@ -17,7 +17,9 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
+from sb3_qsm.common.performance import autocast
 from sb3_qsm.diffusion import SAMPLERS, NoiseSchedule, ScoreNetwork
+from sb3_qsm.diffusion.linear import MIN_ROWS
 from sb3_qsm.diffusion.networks import mlp, xavier_init
 
 
@@ -45,6 +47,8 @@ class DiffusionActor(BasePolicy):
 
     action_space: spaces.Box
     features_extractor: BaseFeaturesExtractor
+    #: Precision of :meth:`sample`, see :mod:`sb3_qsm.common.performance`; not part of a saved policy
+    precision: str = "float32"
 
     def __init__(
         self,
@@ -131,7 +135,7 @@ class DiffusionActor(BasePolicy):
         """
         # The embedding of time is computed for the T steps there are, not for every element of the batch
         time = nn.functional.embedding(t, self.score_network.time_table(self.steps))
-        return self.score_network.denoise(actions, self.score_network.context(features) + time)
+        return self.score_network.denoise(actions, self.score_network.context(features) + time).float()
 
     def sample(self, features: th.Tensor, x_last: th.Tensor, noise: th.Tensor | None) -> th.Tensor:
         """
@@ -142,8 +146,10 @@ class DiffusionActor(BasePolicy):
         :param noise: Noise of the chain, shape ``(T, batch, action_dim)``; None for a chain without noise
         :return: Scaled actions in [-1, 1], shape ``(batch, action_dim)``
         """
-        predict_noise = self.score_network.denoiser(features, self.steps)
-        return SAMPLERS[self.sampler](predict_noise, self.schedule, x_last, noise, self.sampling_temperature)
+        # For a few observations the conversions would cost more than they save
+        with autocast(self.device, self.precision if len(features) >= MIN_ROWS else "float32"):
+            predict_noise = self.score_network.denoiser(features, self.steps)
+            return SAMPLERS[self.sampler](predict_noise, self.schedule, x_last, noise, self.sampling_temperature)
 
     def draw_latents(self, batch_size: int, deterministic: bool = False, n: int = 1) -> tuple[th.Tensor, th.Tensor | None]:
         """
@@ -251,7 +257,8 @@ class QCritic(ContinuousCritic):
         :return: Q-values of all critics, shape ``(n_critics, batch)``
         """
         x = th.cat([features, actions], dim=1)
-        return th.stack([network(x).squeeze(-1) for network in self.q_networks])
+        # Values and what is computed from them are float32 also when the networks are not
+        return th.stack([network(x).squeeze(-1) for network in self.q_networks]).float()
 
     def forward(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
         """

@@ -81,6 +81,7 @@ def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None = None) -> th
         and x.device.type == "cpu"
         and x.dtype == th.float32
         and weight.dtype == th.float32
+        and not th.is_autocast_enabled("cpu")
         and not th.compiler.is_compiling()
         and prefers_onednn()
     ):

@@ -34,6 +34,7 @@ from stable_baselines3.common.utils import (
 from torch import nn
 
 from sb3_qsm.common.checkpoint import resume
+from sb3_qsm.common.performance import check_compiler, check_precision
 from sb3_qsm.common.policies import DiffusionActor, DiffusionPolicy, QCritic
 from sb3_qsm.diffusion import NOISE_SCHEDULES, SAMPLERS
 from sb3_qsm.qsm.losses import ActorLoss, CriticLoss, Gradients, Metrics, Transitions, UpdateNoise
@@ -120,8 +121,10 @@ class QSM(OffPolicyAlgorithm):
     :param exploration_initial_eps: Probability that an action is uniformly random instead, at the first step after
         ``learning_starts``; it falls linearly to zero
     :param exploration_decay_steps: Environment step at which that probability is zero
-    :param compile: Compile the gradients of both losses with ``torch.compile``, which needs a C++ compiler and about a minute
-        at the first gradient step. Whether it pays depends on the processor: on AMD's with AVX-512 the eager update is faster
+    :param compile: Compile the losses and their gradients with ``torch.compile``, which needs a C++ compiler and about half a
+        minute at the first gradient step, less when the same update was compiled before
+    :param precision: ``"float32"``, or ``"bf16"`` for matrix products with bfloat16 operands: parameters, optimizers and the
+        critics' targets stay in float32. Applies to acting too where there are 16 observations or more
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
     :param tensorboard_log: The log location for tensorboard (if None, no logging)
     :param policy_kwargs: Additional arguments to be passed to the policy on creation
@@ -178,6 +181,7 @@ class QSM(OffPolicyAlgorithm):
         exploration_initial_eps: float = 0.5,
         exploration_decay_steps: int = 10_000,
         compile: bool = False,
+        precision: str = "float32",
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -231,6 +235,7 @@ class QSM(OffPolicyAlgorithm):
         self.exploration_initial_eps = exploration_initial_eps
         self.exploration_decay_steps = exploration_decay_steps
         self.compile = compile
+        self.precision = precision
 
         if _init_setup_model:
             self._setup_model()
@@ -295,6 +300,9 @@ class QSM(OffPolicyAlgorithm):
         choose("score_target", SCORE_TARGETS)
         choose("critic_reduction", CRITIC_REDUCTIONS)
         choose("gradient_critic", ("both", "online", "target"))
+        check_precision(self.device, self.precision)
+        if self.compile:
+            check_compiler(self.device)
         for name in ("diffusion_steps", "best_of_n", "policy_delay", "target_update_interval", "batch_size", "buffer_size"):
             integer(name, 1)
         integer("exploration_decay_steps", 0)
@@ -354,15 +362,17 @@ class QSM(OffPolicyAlgorithm):
                 "compile=True needs a features extractor without parameters, like MlpPolicy's, got "
                 f"{type(self.actor.features_extractor).__name__}"
             )
+        self.actor.precision = self.precision
         # Running mean of |grad_a Q|; 0 until the first actor update
         self.q_grad_norm = th.zeros((), device=self.device)
         self._critic_gradients = Gradients(
-            CriticLoss(self.actor, self.critic, self.critic_target), self.critic.optimizer, self.compile
+            CriticLoss(self.actor, self.critic, self.critic_target), self.critic.optimizer, self.compile, self.precision
         )
         self._actor_gradients = Gradients(
             ActorLoss(self.actor, self._gradient_critics(), self.score_target, self.critic_reduction),
             self.actor.optimizer,
             self.compile,
+            self.precision,
         )
 
     def _gradient_critics(self) -> list[QCritic]:

@@ -1,0 +1,160 @@
+"""Precision and compilation: the same update as eager float32."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.envs import IdentityEnvBox
+
+from sb3_qsm import QSM
+from sb3_qsm.common.performance import check_precision, has_bf16
+from sb3_qsm.diffusion.linear import prefers_onednn
+
+needs_bf16 = pytest.mark.skipif(not has_bf16(th.device("cpu")), reason="the processor has no bfloat16 instructions")
+
+
+def make_model(**kwargs):
+    kwargs = {"learning_starts": 40, "batch_size": 32, "diffusion_steps": 3, "seed": 0, "device": "cpu", **kwargs}
+    return QSM("MlpPolicy", IdentityEnvBox(eps=0.5), policy_kwargs={"net_arch": [64, 48]}, **kwargs)
+
+
+def collect(model):
+    """Fill the replay buffer, the same for the same seed, without an update."""
+    model.learn(40)
+    th.manual_seed(0)
+    np.random.seed(0)
+    return model
+
+
+def parameters(model):
+    return {name: parameter.detach().clone() for name, parameter in model.policy.named_parameters()}
+
+
+def largest_difference(first, second):
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def gradients(model):
+    batch = model.replay_buffer.sample(32)
+    noise = model._draw_noise(batch)
+    model._update_critic(batch, noise)
+    model._update_actor(batch, noise)
+    return th.cat([p.grad.flatten() for p in [*model.critic.parameters(), *model.actor.parameters()]])
+
+
+def test_compiled_update_is_the_eager_one(tmp_path):
+    """Also after a changed gamma, tau and learning rate, and in a loaded model."""
+    eager, compiled = collect(make_model()), collect(make_model(compile=True))
+    assert largest_difference(parameters(eager), parameters(compiled)) == 0.0
+    results = []
+    for model in (eager, compiled):
+        th.manual_seed(1)
+        np.random.seed(1)
+        model.train(3, 32)
+        model.gamma, model.tau, model.lr_schedule = 0.5, 0.3, lambda _: 1e-2
+        model.train(2, 32)
+        results.append(parameters(model))
+        model.save(tmp_path / "model")
+        model.save_replay_buffer(tmp_path / "buffer")
+        loaded = QSM.load(tmp_path / "model", env=model.env)
+        loaded.load_replay_buffer(tmp_path / "buffer")
+        assert loaded.compile == model.compile
+        loaded.set_logger(model.logger)
+        loaded.train(1, 32)
+        results.append(parameters(loaded))
+    assert largest_difference(results[0], results[1]) > 1e-3  # the last step changed something
+    # Adam divides by small numbers, so that rounding is not small in the parameters
+    assert largest_difference(results[0], results[2]) < 1e-4
+    assert largest_difference(results[1], results[3]) < 2e-4
+
+
+@pytest.mark.skipif(not prefers_onednn(), reason="oneDNN is not the faster library here")
+def test_onednn_replaces_the_products_of_a_graph():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from sb3_qsm.diffusion.inductor import OneDnnLinear
+
+    generator = th.Generator().manual_seed(0)
+    x, wide, bias, narrow = (th.randn(*shape, generator=generator) for shape in ((32, 64), (48, 64), (48,), (32, 20)))
+
+    def function(x, wide, bias, narrow):
+        # Forward; gradient of a weight, whose left side is transposed; the same with the smaller matrix on the right
+        return x @ wide.t() + bias, th.addmm(bias, x, wide.t()), x.t() @ (x @ wide.t()), x.t() @ narrow, x.t() @ x[:, :1]
+
+    graph = make_fx(function, tracing_mode="fake")(x, wide, bias, narrow)
+    before = sum(node.target in (th.ops.aten.mm.default, th.ops.aten.addmm.default) for node in graph.graph.nodes)
+    OneDnnLinear()(graph.graph)
+    graph.recompile()
+    ours = sum(node.target is th.ops.sb3_qsm.linear.default for node in graph.graph.nodes)
+    assert (before, ours) == (6, 5)  # all but the product with a single column
+    for actual, expected in zip(graph(x, wide, bias, narrow), function(x, wide, bias, narrow), strict=True):
+        th.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_bf16
+def test_bf16_update_is_close_to_float32():
+    reference, model = collect(make_model()), collect(make_model(precision="bf16"))
+    found = []
+    for each in (reference, model):
+        th.manual_seed(1)
+        np.random.seed(1)
+        found.append(gradients(each))
+    assert all(parameter.dtype == th.float32 for parameter in model.policy.parameters())
+    assert th.cosine_similarity(found[0], found[1], dim=0) > 0.999
+    relative = (found[0] - found[1]).norm() / found[0].norm()
+    assert 1e-5 < relative < 0.05  # not the same: bfloat16 was used
+
+
+@needs_bf16
+def test_bf16_targets_are_float32():
+    model = collect(make_model(precision="bf16"))
+    batch = model.replay_buffer.sample(32)
+    loss = model._critic_gradients.loss
+    with th.autocast("cpu", dtype=th.bfloat16):
+        actions = loss.next_actions(batch.next_observations, model._draw_noise(batch))
+        targets = loss.targets(batch.next_observations, actions, model._transitions(batch))
+    assert actions.dtype == targets.dtype == th.float32
+
+
+@needs_bf16
+def test_bf16_acting(tmp_path):
+    model = make_model(precision="bf16")
+    obs = np.random.default_rng(0).uniform(-1, 1, size=(64, 1)).astype(np.float32)
+    actions, _ = model.predict(obs, deterministic=True)
+    model.actor.precision = "float32"
+    expected, _ = model.predict(obs, deterministic=True)
+    difference = np.abs(actions - expected).max()
+    assert 0 < difference < 0.05
+    assert actions.dtype == np.float32
+    model.save(tmp_path / "model")
+    loaded = QSM.load(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.predict(obs, deterministic=True)[0], actions)
+    assert QSM.load(tmp_path / "model", precision="float32").actor.precision == "float32"
+
+
+def test_precision_the_device_would_emulate():
+    with pytest.raises(ValueError, match="precision='bf16' needs a processor with bfloat16 instructions.*meta.*float32"):
+        check_precision(th.device("meta"), "bf16")
+    with pytest.raises(ValueError, match="Unknown precision 'float16'; known ones: float32, bf16"):
+        make_model(precision="float16")
+
+
+def test_no_compiler():
+    """In a process of its own: a compiler that was found is remembered."""
+    code = (
+        "from sb3_qsm import QSM\n"
+        "from stable_baselines3.common.envs import IdentityEnvBox\n"
+        "QSM('MlpPolicy', IdentityEnvBox(), compile=True, device='cpu')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], env={"PATH": "", "CXX": "no-such-compiler"}, capture_output=True)
+    assert result.returncode == 1
+    message = result.stderr.decode().strip().splitlines()[-1]
+    assert message.startswith("ValueError: compile=True needs a C++ compiler; none was found. Install one"), message
+
+
+def test_import_does_not_load_the_compiler():
+    code = "import sys, sb3_qsm; print('sb3_qsm.diffusion.inductor' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert result.stdout.decode().strip() == "False"
