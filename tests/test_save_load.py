@@ -168,7 +168,7 @@ def test_hyperparameters_survive_and_can_be_replaced(tmp_path):
         "sampler": "ddim",
         "sampling_temperature": 0.5,
         "score_target": "noised",
-        "temperature": 0.2,
+        "temperature": 0.7,
         "q_grad_coef": 3.0,
         "target_policy_noise": 0.2,
         "gradient_critic": "online",

@@ -168,7 +168,7 @@ class QSM(OffPolicyAlgorithm):
         sampler: str = "ddpm_x0",
         sampling_temperature: float = 1.0,
         score_target: str = "denoised",
-        temperature: float = 0.1,
+        temperature: float = 0.2,
         q_grad_coef: float | None = None,
         q_grad_clip: float | None = 1.0,
         target_policy_noise: float = 0.0,
