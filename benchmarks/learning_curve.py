@@ -43,6 +43,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gradient_critic": "target",
         "critic_reduction": "mean",
         "target_policy_noise": 0.0,
+        "exploration_initial_eps": 0.0,
+        "policy_kwargs": {"critic_layer_norm": False},
     },
 }
 

@@ -1,54 +1,74 @@
 """
-Gradient steps and actions per second of QSM beside SB3's SAC, measured in one process, interleaved, on one thread.
+Speed and memory of QSM beside SB3's SAC and TD3 and sb3-contrib's TQC, on one core.
 
     python benchmarks/speed.py --out benchmarks/results/speed
+    python benchmarks/speed.py --out benchmarks/results/speed --only gradient predict
+    python benchmarks/speed.py --out benchmarks/results/speed --plot
 
-Every round times each subject once; the table gives medians and quartiles over the rounds, and the ratio to SAC of the
-medians. The replay buffer holds random numbers of HalfCheetah-v5's shapes: the cost of an update does not depend on them.
+Within a section the subjects run in one process, interleaved: every round times each of them once. The table holds medians
+and quartiles over the rounds, and the ratio to SAC of the medians. The replay buffers hold random numbers of
+HalfCheetah-v5's shapes, since the cost of an update does not depend on them; the section ``environment`` trains on the real
+task. Memory and the time to compile are measured in a process for each subject.
 """
 
 import argparse
 import csv
+import functools
+import json
+import os
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch as th
-from stable_baselines3 import SAC
+from sb3_contrib import TQC
+from stable_baselines3 import SAC, TD3
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_qsm import QSM
+from sb3_qsm.common.performance import has_bf16
 from sb3_qsm.diffusion.linear import prefers_onednn
 
 TRANSITIONS = 20_000
+BASELINES: dict[str, type[OffPolicyAlgorithm]] = {"SAC": SAC, "TD3": TD3, "TQC": TQC}
+#: Two hidden layers of 256 for all, which are the defaults of SAC and QSM
+SAME_WIDTH = {"policy_kwargs": {"net_arch": [256, 256]}}
+PRECISIONS = ["float32", "bf16"] if has_bf16(th.device("cpu")) else ["float32"]
+REFERENCE = "SAC"
+Row = dict[str, Any]
 
 
-def make_model(algo: type[OffPolicyAlgorithm], **kwargs: Any) -> OffPolicyAlgorithm:
+def make_model(algo: type[OffPolicyAlgorithm], buffer_size: int = TRANSITIONS, **kwargs: Any) -> OffPolicyAlgorithm:
     """
     A model with a full replay buffer, ready for ``train``.
 
     :param algo: Algorithm
+    :param buffer_size: Size of the buffer
     :param kwargs: Further constructor arguments
     :return: The model
     """
-    model = algo("MlpPolicy", gym.make("HalfCheetah-v5"), seed=0, device="cpu", buffer_size=TRANSITIONS, **kwargs)
+    kwargs = {**SAME_WIDTH, **kwargs}
+    model = algo("MlpPolicy", gym.make("HalfCheetah-v5"), seed=0, device="cpu", buffer_size=buffer_size, **kwargs)
     model.set_logger(Logger(None, []))
     rng, buffer = np.random.default_rng(0), model.replay_buffer
-    buffer.observations[:] = rng.normal(size=buffer.observations.shape)
-    buffer.next_observations[:] = rng.normal(size=buffer.observations.shape)
+    for array in (buffer.observations, buffer.next_observations, buffer.rewards):
+        array[:] = rng.standard_normal(array.shape, dtype=np.float32)
     buffer.actions[:] = rng.uniform(-1, 1, size=buffer.actions.shape)
-    buffer.rewards[:] = rng.normal(size=buffer.rewards.shape)
     buffer.full = True
     return model
 
 
-def measure(subjects: dict[str, Callable[[], None]], repetitions: int, rounds: int) -> dict[str, list[float]]:
+def measure(subjects: dict[str, Callable[[], Any]], repetitions: int, rounds: int) -> dict[str, list[float]]:
     """
     Time every subject in turn, ``rounds`` times.
 
@@ -60,6 +80,7 @@ def measure(subjects: dict[str, Callable[[], None]], repetitions: int, rounds: i
     times: dict[str, list[float]] = {name: [] for name in subjects}
     for function in subjects.values():
         function()
+        function()
     for _ in range(rounds):
         for name, function in subjects.items():
             start = time.perf_counter()
@@ -69,53 +90,286 @@ def measure(subjects: dict[str, Callable[[], None]], repetitions: int, rounds: i
     return times
 
 
+def rows(section: str, times: dict[str, list[float]], reference: str = REFERENCE) -> Iterator[Row]:
+    """
+    :param section: Name of the measurement
+    :param times: Milliseconds by subject
+    :param reference: Subject that the others are compared with
+    :return: One row a subject
+    """
+    for name, values in times.items():
+        low, median, high = statistics.quantiles(values, n=4)
+        ratio = statistics.median(times[reference]) / median
+        print(f"{section:44} {name:28} {median:9.3f} ms  {ratio:6.2f} x {reference}'s speed", flush=True)
+        yield row(section, name, "ms", median, low, high, ratio)
+
+
+def row(
+    section: str,
+    subject: str,
+    unit: str,
+    median: float,
+    quartile_1: float | None = None,
+    quartile_3: float | None = None,
+    ratio: float | None = None,
+) -> Row:
+    """
+    :param section: Name of the measurement
+    :param subject: What was measured
+    :param unit: Unit of the numbers
+    :param median: Median over the rounds, or the only value
+    :param quartile_1: First quartile
+    :param quartile_3: Third quartile
+    :param ratio: Speed in units of SAC's, or for memory the amount
+    :return: A row of the CSV
+    """
+    return {
+        "section": section,
+        "subject": subject,
+        "unit": unit,
+        "median": round(median, 4),
+        "quartile_1": "" if quartile_1 is None else round(quartile_1, 4),
+        "quartile_3": "" if quartile_3 is None else round(quartile_3, 4),
+        "over_sac": "" if ratio is None else round(ratio, 3),
+        "onednn_linear": prefers_onednn(),
+        "torch": th.__version__,
+        "cpu": th.cpu.get_capabilities().get("cpu_name", platform.machine()),
+        "commit": _commit(),
+    }
+
+
+@functools.cache
+def _commit() -> str:
+    return subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+
+
+def qsm_variants(diffusion_steps: tuple[int, ...], compiled: tuple[bool, ...] = (False, True)) -> dict[str, dict[str, Any]]:
+    """
+    :param diffusion_steps: Numbers of diffusion steps
+    :param compiled: Values of ``compile``
+    :return: Constructor arguments by name, for every precision of this processor
+    """
+    return {
+        f"QSM T={steps} {precision}{' compiled' if compile_ else ''}": {
+            "diffusion_steps": steps,
+            "precision": precision,
+            "compile": compile_,
+        }
+        for steps in diffusion_steps
+        for precision in PRECISIONS
+        for compile_ in compiled
+    }
+
+
+def gradient(rounds: int) -> Iterator[Row]:
+    """Gradient steps at batch 256."""
+    models = {name: make_model(algo) for name, algo in BASELINES.items()}
+    models |= {name: make_model(QSM, **kwargs) for name, kwargs in qsm_variants((5, 10, 20)).items()}
+    # train(1): as in a training, with what SB3 does once for each environment step
+    subjects = {name: functools.partial(model.train, 1, 256) for name, model in models.items()}
+    yield from rows("gradient step", measure(subjects, 15, rounds))
+
+
+def predict(rounds: int) -> Iterator[Row]:
+    """Acting on one observation, and on 1,000."""
+    models = {name: make_model(algo) for name, algo in BASELINES.items()}
+    models |= {name: make_model(QSM, **kwargs) for name, kwargs in qsm_variants((1, 5, 10, 20), (False,)).items()}
+    rng = np.random.default_rng(0)
+    for number, repetitions in ((1, 100), (1000, 10)):
+        obs = rng.normal(size=(number, 17)[number == 1 :])
+        for deterministic in (False, True):
+            subjects = {
+                name: functools.partial(model.predict, obs, deterministic=deterministic)
+                for name, model in models.items()
+                if number > 1 or "bf16" not in name  # one observation is always float32
+            }
+            section = f"predict, {number} obs., {'deterministic' if deterministic else 'sampled'}"
+            yield from rows(section, measure(subjects, repetitions, rounds))
+
+
+def cost(rounds: int) -> Iterator[Row]:
+    """The gradient step against the number of diffusion steps, the batch and the width of the layers."""
+    models = {f"QSM T={steps}": make_model(QSM, diffusion_steps=steps) for steps in (1, 2, 5, 8, 10, 15, 20)}
+    models[REFERENCE] = make_model(SAC)
+    subjects = {name: functools.partial(model.train, 1, 256) for name, model in models.items()}
+    yield from rows("gradient step against T", measure(subjects, 15, rounds))
+    models = {"SAC": make_model(SAC), "QSM T=5": make_model(QSM, diffusion_steps=5), "QSM T=10": make_model(QSM)}
+    for batch_size in (64, 256, 1024):
+        subjects = {name: functools.partial(model.train, 1, batch_size) for name, model in models.items()}
+        yield from rows(f"gradient step, batch {batch_size}", measure(subjects, 10, rounds))
+    for width in (64, 512):
+        wide: dict[str, Any] = {"policy_kwargs": {"net_arch": [width, width]}}
+        models = {
+            "SAC": make_model(SAC, **wide),
+            "QSM T=5": make_model(QSM, diffusion_steps=5, **wide),
+            "QSM T=10": make_model(QSM, **wide),
+        }
+        subjects = {name: functools.partial(model.train, 1, 256) for name, model in models.items()}
+        yield from rows(f"gradient step, width {width}", measure(subjects, 10, rounds))
+
+
+def environment(rounds: int) -> Iterator[Row]:
+    """Environment steps of a training on HalfCheetah-v5, one gradient step for each."""
+    for n_envs in (1, 4):
+        models: dict[str, OffPolicyAlgorithm] = {}
+        for name, algo, kwargs in (
+            *((name, algo, {}) for name, algo in BASELINES.items()),
+            *((name, QSM, kwargs) for name, kwargs in qsm_variants((5, 10)).items()),
+        ):
+            env = make_vec_env("HalfCheetah-v5", n_envs=n_envs)
+            models[name] = algo(
+                "MlpPolicy", env, device="cpu", seed=0, buffer_size=TRANSITIONS, gradient_steps=-1, **SAME_WIDTH, **kwargs
+            )
+            models[name].learn(256)
+        steps = 200
+        subjects = {
+            name: functools.partial(model.learn, steps, reset_num_timesteps=False, log_interval=1000)
+            for name, model in models.items()
+        }
+        times = {name: [value / steps for value in values] for name, values in measure(subjects, 1, rounds).items()}
+        yield from rows(f"environment step, {n_envs} env.", times)
+
+
+CHILD = """
+import json, resource, sys, time
+import torch as th
+sys.path[:0] = {path!r}
+import speed
+th.set_num_threads(1)
+model = speed.make_model(getattr(speed, {algo!r}), buffer_size=100_000, **{kwargs!r})
+start = time.perf_counter()
+model.train(2, 256)
+first = time.perf_counter() - start
+model.train(100, 256)
+print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, first]))
+"""
+
+
+def in_a_process(algo: str, kwargs: dict[str, Any], cache: str) -> tuple[float, float]:
+    """
+    :param algo: Name of the algorithm
+    :param kwargs: Constructor arguments
+    :param cache: Folder that keeps what was compiled
+    :return: Peak memory in MiB of a process with a buffer of 100,000 transitions, and seconds of the first two gradient steps
+    """
+    code = CHILD.format(path=[str(Path(__file__).parent)], algo=algo, kwargs=kwargs)
+    child = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}, capture_output=True, text=True
+    )
+    if child.returncode:
+        raise RuntimeError(child.stderr)
+    memory, first = json.loads(child.stdout.splitlines()[-1])
+    return memory, first
+
+
+def memory(rounds: int) -> Iterator[Row]:
+    """Peak memory, and the time of the first update: compiled with an empty cache, and again with the cache that is left."""
+    peaks = {}
+    for name, algo, kwargs in (
+        *((name, name, {}) for name in BASELINES),
+        *((name, "QSM", kwargs) for name, kwargs in qsm_variants((5, 10)).items()),
+    ):
+        with tempfile.TemporaryDirectory() as cache:
+            if kwargs.get("compile"):
+                cold_peak, seconds = in_a_process(algo, kwargs, cache)
+                yield row("first gradient steps, nothing compiled before", name, "s", seconds)
+                yield row("peak memory, nothing compiled before", name, "MiB", cold_peak, ratio=cold_peak / peaks[REFERENCE])
+            peak, seconds = in_a_process(algo, kwargs, cache)
+            yield row("first gradient steps", name, "s", seconds)
+            peaks[name] = peak
+            print(
+                f"{name:30} {peak:7.0f} MiB, {peak / peaks[REFERENCE]:5.2f} of SAC's; first steps {seconds:6.1f} s", flush=True
+            )
+            yield row("peak memory", name, "MiB", peak, ratio=peak / peaks[REFERENCE])
+
+
+SECTIONS: dict[str, Callable[[int], Iterator[Row]]] = {
+    function.__name__: function for function in (gradient, predict, cost, environment, memory)
+}
+
+
+def markdown(table: list[Row]) -> str:
+    """
+    :param table: Rows of the CSV
+    :return: The table of the documentation: time and ratio of every subject
+    """
+    units = {"ms": "{:.2f} ms", "MiB": "{:.0f} MiB", "s": "{:.1f} s"}
+    lines = [f"Measured at commit {table[0]['commit']} with torch {table[0]['torch']} on one core of an {table[0]['cpu']}."]
+    for section in dict.fromkeys(line["section"] for line in table):
+        found = [line for line in table if line["section"] == section]
+        relative = "of SAC's memory" if found[0]["unit"] == "MiB" else "SAC's speed"
+        lines += ["", f"| {section} | median | x {relative} |", "| --- | ---: | ---: |"]
+        lines += [
+            f"| {line['subject']} | {units[line['unit']].format(float(line['median']))} | {line['over_sac'] or '-'} |"
+            for line in found
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(table: list[Row], path: Path) -> None:
+    """
+    :param table: Rows of the CSV
+    :param path: Picture to write
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True, width_ratios=[1.3, 1, 1])
+
+    def bars(ax: Any, section: str, title: str) -> None:
+        found = [line for line in table if line["section"] == section]
+        colors = ["#0072B2" if line["subject"].startswith("QSM") else "#999999" for line in found]
+        ax.barh([line["subject"] for line in found], [float(line["over_sac"]) for line in found], color=colors)
+        ax.axvline(1.0, color="black", linewidth=0.8)
+        ax.invert_yaxis()
+        ax.set(title=title, xlabel="speed in units of SAC's")
+
+    bars(axes[0], "gradient step", "Gradient steps, batch 256")
+    bars(axes[1], "environment step, 1 env.", "Training on HalfCheetah-v5")
+    steps = [line for line in table if line["section"] == "gradient step against T" and line["subject"] != REFERENCE]
+    sac = [float(line["median"]) for line in table if line["section"] == "gradient step against T" and line not in steps]
+    axes[2].plot([int(line["subject"].split("=")[1]) for line in steps], [float(line["median"]) for line in steps], "o-")
+    if sac:
+        axes[2].axhline(sac[0], color="#999999", linestyle="--", label="SAC")
+        axes[2].legend(frameon=False)
+    axes[2].set(title="Cost of a gradient step", xlabel="diffusion steps T", ylabel="ms", ylim=(0, None))
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to measure")
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--compile", action="store_true", help="measure compile=True too (a minute or two to compile)")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the CSV")
+    parser.add_argument("--core", type=int, default=0, help="core to stay on, where the system can pin a process")
+    parser.add_argument("--plot", action="store_true", help="only write the table and the picture from the CSV")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the CSV and the picture")
     args = parser.parse_args()
     th.set_num_threads(1)
-
-    models = {"SAC": make_model(SAC)}
-    for steps in (5, 10, 20):
-        models[f"QSM T={steps}"] = make_model(QSM, diffusion_steps=steps)
-        if args.compile:
-            models[f"QSM T={steps} compiled"] = make_model(QSM, diffusion_steps=steps, compile=True)
-    single, batch = np.random.default_rng(0).normal(size=17), np.random.default_rng(0).normal(size=(1000, 17))
-    rows = []
-    for task, repetitions, call in (
-        ("gradient step", 15, lambda model: model.train(1, 256)),
-        ("predict, 1 observation", 100, lambda model: model.predict(single)),
-        ("predict, 1 observation, deterministic", 100, lambda model: model.predict(single, deterministic=True)),
-        ("predict, 1000 observations", 10, lambda model: model.predict(batch)),
-    ):
-        subjects = {
-            name: (lambda model=model, call=call: call(model))
-            for name, model in models.items()
-            if task == "gradient step" or "compiled" not in name
-        }
-        times = measure(subjects, repetitions, args.rounds)
-        for name, values in times.items():
-            low, median, high = statistics.quantiles(values, n=4)
-            row = {
-                "task": task,
-                "subject": name,
-                "median_ms": round(median, 4),
-                "quartile_1_ms": round(low, 4),
-                "quartile_3_ms": round(high, 4),
-                "speed_over_sac": round(statistics.median(times["SAC"]) / median, 3),
-                "onednn_linear": prefers_onednn(),
-                "torch": th.__version__,
-                "cpu": th.cpu.get_capabilities().get("cpu_name", platform.machine()),
-            }
-            rows.append(row)
-            print(f"{task:40} {name:20} {median:9.3f} ms  {row['speed_over_sac']:6.2f} x SAC's speed", flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "speed.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    path = args.out / "speed.csv"
+    table: list[Row] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            table = list(csv.DictReader(file))
+    if not args.plot:
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {args.core})
+        args.out.mkdir(parents=True, exist_ok=True)
+        for name in args.only:
+            new = list(SECTIONS[name](args.rounds))
+            measured = {line["section"] for line in new}
+            table = [line for line in table if line["section"] not in measured] + new
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, fieldnames=list(new[0]))
+                writer.writeheader()
+                writer.writerows(table)
+    (args.out / "table.md").write_text(markdown(table))
+    plot(table, args.out / "speed.png")
 
 
 if __name__ == "__main__":

@@ -372,6 +372,7 @@ def test_warning_about_the_last_trajectory(recwarn, optimize_memory_usage):
             "activation_fn": th.nn.Mish,
             "critic_activation_fn": th.nn.Tanh,
             "layer_norm": True,
+            "critic_layer_norm": False,
             "n_critics": 3,
             "fourier_dim": 8,
             "time_arch": (4,),

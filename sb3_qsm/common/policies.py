@@ -279,7 +279,9 @@ class DiffusionPolicy(BasePolicy):
     :param net_arch: Hidden layers, a list for both or ``dict(pi=[...], qf=[...])``; two layers of 256 by default
     :param activation_fn: Activation of the score network
     :param critic_activation_fn: Activation of the critics
-    :param layer_norm: Whether to use layer normalisation in the hidden layers of the actor and the critics
+    :param layer_norm: Whether to use layer normalisation in the hidden layers of the score network
+    :param critic_layer_norm: Whether to use layer normalisation in the hidden layers of the critics, which keeps their
+        regression on their own values from oscillating
     :param features_extractor_class: Features extractor; by default the one that fits the policy
     :param features_extractor_kwargs: Keyword arguments of the features extractor
     :param normalize_images: Whether to divide images by 255.0
@@ -314,6 +316,7 @@ class DiffusionPolicy(BasePolicy):
         activation_fn: type[nn.Module] = nn.SiLU,
         critic_activation_fn: type[nn.Module] = nn.SiLU,
         layer_norm: bool = False,
+        critic_layer_norm: bool = True,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
@@ -347,6 +350,7 @@ class DiffusionPolicy(BasePolicy):
         self.activation_fn = activation_fn
         self.critic_activation_fn = critic_activation_fn
         self.layer_norm = layer_norm
+        self.critic_layer_norm = critic_layer_norm
         self.n_critics = n_critics
         self.share_features_extractor = share_features_extractor
         self.best_of_n = best_of_n
@@ -355,7 +359,6 @@ class DiffusionPolicy(BasePolicy):
             "observation_space": observation_space,
             "action_space": action_space,
             "normalize_images": normalize_images,
-            "layer_norm": layer_norm,
             "xavier": xavier,
         }
         self.diffusion_kwargs = {
@@ -366,11 +369,18 @@ class DiffusionPolicy(BasePolicy):
             "fourier_dim": fourier_dim,
             "time_arch": time_arch,
         }
-        self.actor_kwargs = {**shared, "net_arch": actor_arch, "activation_fn": activation_fn, **self.diffusion_kwargs}
+        self.actor_kwargs = {
+            **shared,
+            "net_arch": actor_arch,
+            "activation_fn": activation_fn,
+            "layer_norm": layer_norm,
+            **self.diffusion_kwargs,
+        }
         self.critic_kwargs = {
             **shared,
             "net_arch": critic_arch,
             "activation_fn": critic_activation_fn,
+            "layer_norm": critic_layer_norm,
             "n_critics": n_critics,
             "share_features_extractor": share_features_extractor,
         }
@@ -411,6 +421,7 @@ class DiffusionPolicy(BasePolicy):
             activation_fn=self.activation_fn,
             critic_activation_fn=self.critic_activation_fn,
             layer_norm=self.layer_norm,
+            critic_layer_norm=self.critic_layer_norm,
             features_extractor_class=self.features_extractor_class,
             features_extractor_kwargs=self.features_extractor_kwargs,
             optimizer_class=self.optimizer_class,

@@ -271,6 +271,7 @@ class QSM(OffPolicyAlgorithm):
                 "net_arch": [512, 512],
                 "activation_fn": nn.Mish,
                 "critic_activation_fn": nn.ReLU,
+                "critic_layer_norm": False,
                 "xavier": True,
             },
         }
