@@ -70,6 +70,19 @@ def test_compiled_update_is_the_eager_one(tmp_path):
     assert largest_difference(results[1], results[3]) < 2e-4
 
 
+def test_every_model_compiles_its_own_update(monkeypatch):
+    """PyTorch compiles a few versions of one function and then stops: the models of a process must not share them."""
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 2)
+    for kwargs in ({"score_target": "noised"}, {"score_target": "clean", "sampler": "ddim"}):
+        found = []
+        for compile_ in (False, True):
+            model = collect(make_model(compile=compile_, diffusion_steps=2, **kwargs))
+            th.manual_seed(1)
+            np.random.seed(1)
+            found.append(gradients(model))
+        th.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.skipif(not prefers_onednn(), reason="oneDNN is not the faster library here")
 def test_onednn_replaces_the_products_of_a_graph():
     from torch.fx.experimental.proxy_tensor import make_fx

@@ -2,6 +2,7 @@
 
 import contextlib
 import platform
+import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -78,12 +79,18 @@ def check_compiler(device: th.device) -> None:
 
 def compile_update(function: Callable[..., Any]) -> Callable[..., Any]:
     """
-    :param function: A pure function of tensors on one device, of fixed shapes
+    :param function: A method that is a pure function of tensors on one device, of fixed shapes
     :return: The function, compiled at its first call into one graph without the backward pass of a further derivative
     """
     from sb3_qsm.diffusion.inductor import OneDnnLinear, options
 
-    compiled = th.compile(function, fullgraph=True, dynamic=False, options=options(OneDnnLinear()))
+    # What is compiled belongs to a code object. One for each model, or else PyTorch would take them for versions of one
+    # function, of which it compiles only a few
+    method: Any = function
+    code = types.FunctionType(method.__func__.__code__.replace(), method.__func__.__globals__)
+    compiled = th.compile(
+        types.MethodType(code, method.__self__), fullgraph=True, dynamic=False, options=options(OneDnnLinear())
+    )
 
     def call(*args: Any) -> Any:
         # Else the parameters would make the graph one to differentiate again, with all that takes kept in memory
