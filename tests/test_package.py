@@ -53,7 +53,18 @@ def test_version_is_the_same_everywhere():
 def test_import_is_light():
     code = "import sys, sb3_qsm; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
-    heavy = {"huggingface_hub", "imageio", "matplotlib", "mujoco", "optuna", "pandas", "ray", "rl_zoo3", "sb3_contrib"}
+    heavy = {
+        "huggingface_hub",
+        "imageio",
+        "matplotlib",
+        "mujoco",
+        "optuna",
+        "pandas",
+        "ray",
+        "rl_zoo3",
+        "safetensors",
+        "sb3_contrib",
+    }
     assert not heavy & set(modules)
 
 

@@ -36,6 +36,7 @@ from torch import nn
 from sb3_qsm.common.checkpoint import resume
 from sb3_qsm.common.performance import check_compiler, check_precision
 from sb3_qsm.common.policies import DiffusionActor, DiffusionPolicy, QCritic
+from sb3_qsm.common.safe import OBJECTS, load_safe, save_safe
 from sb3_qsm.diffusion import NOISE_SCHEDULES, SAMPLERS
 from sb3_qsm.qsm.losses import ActorLoss, CriticLoss, Gradients, Metrics, Transitions, UpdateNoise
 from sb3_qsm.qsm.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
@@ -67,6 +68,15 @@ class CosineDecay:
 
     def __repr__(self) -> str:
         return f"CosineDecay({self.initial_value}, {self.total_timesteps}, {self.decay_steps}, {self.learning_starts})"
+
+
+OBJECTS["CosineDecay"] = (
+    CosineDecay,
+    {
+        "initial_value": ("initial_value", float),
+        **{name: (name, int) for name in ("total_timesteps", "decay_steps", "learning_starts")},
+    },
+)
 
 
 class QSM(OffPolicyAlgorithm):
@@ -647,6 +657,35 @@ class QSM(OffPolicyAlgorithm):
         """
         cls._check_saved_file(path)
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+    def save_safe(self, path: str | os.PathLike[str] | io.BufferedIOBase) -> None:
+        """
+        Write the model to a file that can be opened without trust, see :func:`sb3_qsm.common.safe.save_safe`.
+
+        :param path: File to write (``.safetensors`` is added to a name without suffix) or a binary stream
+        :raises ValueError: if something of the model cannot be expressed, such as a function as schedule; nothing is written
+        """
+        save_safe(self, path)
+
+    @classmethod
+    def load_safe(
+        cls: type[SelfQSM],
+        path: str | os.PathLike[str] | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        **kwargs: Any,
+    ) -> SelfQSM:
+        """
+        Read a model that :meth:`save_safe` wrote, running no code of the file, see :func:`sb3_qsm.common.safe.load_safe`.
+
+        :param path: File or a binary stream
+        :param env: Environment to go on with; it is reset before training. None to predict only
+        :param device: Device of the networks
+        :param kwargs: Arguments of the constructor that replace those in the file, such as ``buffer_size``
+        :return: The model
+        :raises ValueError: if the file is no safe model, is damaged, says anything that is not allowed or does not fit ``env``
+        """
+        return load_safe(cls, path, env, device, **kwargs)
 
     @classmethod
     def _check_saved_file(cls, path: str | pathlib.Path | io.BufferedIOBase) -> None:

@@ -20,9 +20,11 @@ import gymnasium as gym
 import numpy as np
 import optuna
 import yaml
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_qsm import __version__
 from sb3_qsm.common.checkpoint import CheckpointError, read_info
+from sb3_qsm.common.safe import SUFFIX, has_vec_normalize, load_vec_normalize
 from sb3_qsm.zoo import shims
 from sb3_qsm.zoo.errors import UserError
 from sb3_qsm.zoo.hyperparams import hyperparams_file
@@ -128,6 +130,8 @@ def _run(command: str, arguments: list[str]) -> None:
         stack.enter_context(shims.ffmpeg_on_path())
         if command in _PLAYS:
             stack.enter_context(shims.small_replay_buffers(ALGORITHMS))
+        if command == "enjoy":
+            stack.enter_context(options.safe_model())
         if command in _PLOTS:
             stack.enter_context(options.figures_to_files())
         if command == "train":
@@ -188,6 +192,8 @@ class _Options:
     def __init__(self, command: str) -> None:
         self.command = command
         self.figures: str | None = None
+        self.safe: str | None = None
+        self.norm_reward = False
 
     def prepare(self, parser: argparse.ArgumentParser) -> None:
         """
@@ -233,6 +239,13 @@ class _Options:
                 help="how often a worker on a study in a database gives a sign of life; its trial counts as failed after two "
                 f"missed ones; 0: never (default: {DEFAULT_HEARTBEAT})",
             )
+        if self.command == "enjoy":
+            group = parser.add_argument_group("sb3-qsm")
+            group.add_argument(
+                "--safe",
+                metavar="FILE",
+                help="play the model in this .safetensors file, which save_safe wrote; no other file is read",
+            )
         if self.command in _PLOTS:
             group = parser.add_argument_group("sb3-qsm")
             group.add_argument("--save-figures", metavar="FOLDER", help="write the figures as PNG instead of showing them")
@@ -257,6 +270,10 @@ class _Options:
             raise UserError(f"argument --log-dir: {args.log_dir!r} is no folder")
         if self.command == "plot_from_file":
             _check_runs(args.input)
+        self.safe = getattr(args, "safe", None)
+        if self.safe is not None:
+            _check_safe(parser, args)
+            self.norm_reward = args.norm_reward
         self.figures = getattr(args, "save_figures", None)
         if self.figures is not None:
             _check_writable("--save-figures", self.figures)
@@ -283,6 +300,29 @@ class _Options:
         return args
 
     @contextlib.contextmanager
+    def safe_model(self) -> Iterator[None]:
+        """Let ``enjoy`` play a safe file if the user asked for it, without the run's folder, whose files are not safe."""
+        enjoy = importlib.import_module("rl_zoo3.enjoy")
+        get_model_path, create_test_env = enjoy.get_model_path, enjoy.create_test_env
+
+        def find(*args: Any) -> tuple[str, str, str]:
+            return get_model_path(*args) if self.safe is None else ("", self.safe, folder)
+
+        def create(*args: Any, **kwargs: Any) -> VecEnv:
+            env: VecEnv = create_test_env(*args, **kwargs)
+            if self.safe is not None and has_vec_normalize(self.safe):
+                env = load_vec_normalize(self.safe, env)
+                env.training, env.norm_reward = False, self.norm_reward
+            return env
+
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            mock.patch.object(enjoy, "get_model_path", find),
+            mock.patch.object(enjoy, "create_test_env", create),
+        ):
+            yield
+
+    @contextlib.contextmanager
     def figures_to_files(self) -> Iterator[None]:
         """Let ``pyplot.show()`` write files if the user asked for them."""
         pyplot = importlib.import_module("matplotlib.pyplot")
@@ -302,6 +342,23 @@ class _Options:
 
         with mock.patch.object(pyplot, "show", save):
             yield
+
+
+def _check_safe(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """
+    Refuse a safe file that is none, or beside options that choose another one.
+
+    :param parser: The parser
+    :param args: Arguments
+    """
+    if args.algo not in ALGORITHMS:
+        raise UserError(f"argument --safe: {args.algo} has no safe files, only {', '.join(ALGORITHMS)}")
+    for name in ("folder", "exp_id", "load_best", "load_checkpoint", "load_last_checkpoint"):
+        default = "logs" if name == "folder" else parser.get_default(name)
+        if getattr(args, name) != default:
+            raise UserError(f"argument --safe: names the file to play, so --{name.replace('_', '-')} cannot be given")
+    if Path(args.safe).suffix != f".{SUFFIX}" or not Path(args.safe).is_file():
+        raise UserError(f"argument --safe: {args.safe!r} is not a file that ends in .{SUFFIX}")
 
 
 def _resumed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:

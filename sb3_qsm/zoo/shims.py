@@ -22,6 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
+from sb3_qsm.common.safe import SUFFIX, load_safe
 from sb3_qsm.zoo.registry import ZooAlgorithm
 
 _load_from_hub = huggingface_sb3.load_from_hub
@@ -126,5 +127,11 @@ def small_replay_buffers(algorithms: Mapping[str, ZooAlgorithm]) -> Iterator[Non
 
 def _load_player(cls: type[OffPolicyAlgorithm], *args: Any, **kwargs: Any) -> OffPolicyAlgorithm:
     algorithm: Any = cls.__base__
-    player: OffPolicyAlgorithm = algorithm.load(*args, **{"buffer_size": 1, **kwargs})
+    player: OffPolicyAlgorithm
+    if Path(args[0]).suffix == f".{SUFFIX}":
+        kwargs.pop("custom_objects", None)
+        without_buffer = {"replay_buffer_class": None, "replay_buffer_kwargs": None, "optimize_memory_usage": False}
+        player = load_safe(algorithm, *args, **{"buffer_size": 1, **without_buffer, **kwargs})
+        return player
+    player = algorithm.load(*args, **{"buffer_size": 1, **kwargs})
     return player

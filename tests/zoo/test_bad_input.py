@@ -101,6 +101,23 @@ BAD = {
         ["enjoy", "--env", "MountainCarContinuous-v0", "-f", "{logs}"],
         ["No model found for qsm on MountainCarContinuous-v0"],
     ),
+    "no safe file": (["enjoy", *PENDULUM, "--safe", "{tmp}/a_file"], ["--safe", "a_file", "ends in .safetensors"]),
+    "safe file of something else": (
+        ["enjoy", *PENDULUM, "--no-render", "--safe", "{tmp}/a.safetensors"],
+        ["was not written by `save_safe`"],
+    ),
+    "safe file and another": (
+        ["enjoy", *PENDULUM, "--safe", "{tmp}/a.safetensors", "--load-best"],
+        ["--safe", "--load-best cannot be given"],
+    ),
+    "safe file and a folder": (
+        ["enjoy", *PENDULUM, "--safe", "{tmp}/a.safetensors", "-f", "{logs}"],
+        ["--safe", "--folder cannot be given"],
+    ),
+    "safe file of another algorithm": (
+        ["enjoy", "--algo", "sac", *PENDULUM, "--safe", "{tmp}/a.safetensors"],
+        ["--safe", "sac has no safe files, only qsm"],
+    ),
     "no agents": (["benchmark", "--log-dir", "{tmp}/nowhere", "--no-hub"], ["--log-dir", "nowhere"]),
     "no figures": (["all_plots", "-f", "{logs}"], ["-e/--env"]),
     "no results": (["plot_from_file", "-i", "{tmp}/nothing"], ["--input", "nothing.pkl"]),
@@ -115,6 +132,7 @@ def test_one_clear_line(cli, logs, tmp_path, monkeypatch, name):
     (tmp_path / "list.yml").write_text("- Pendulum-v1\n")
     (tmp_path / "wrong_name.yml").write_text("default:\n  policy: MlpPolicy\n  n_timesteps: 10\n  temprature: 1.0\n")
     (tmp_path / "a_file").write_text("not to be overwritten")
+    (tmp_path / "a.safetensors").write_text("not one")
     (tmp_path / "a_pickle.pkl").write_bytes(b"\x80\x05]\x94.")
     (tmp_path / "empty").mkdir()
     shutil.copytree(logs / "qsm" / "Pendulum-v1_1", tmp_path / "foreign")

@@ -13,6 +13,8 @@ import pytest
 import yaml
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from stable_baselines3 import SAC
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_qsm import QSM
 from sb3_qsm.zoo.cli import COMMANDS
@@ -51,6 +53,36 @@ def test_enjoy(cli, logs):
     assert str(logs / "qsm" / "Pendulum-v1_1" / "Pendulum-v1.zip") in out
     returns = [float(line.split()[-1]) for line in out.splitlines() if line.startswith("Episode Reward")]
     assert all(-2000 < value < 0 for value in returns)
+
+
+def test_enjoy_a_safe_file(cli, logs, tmp_path):
+    QSM.load(logs / "qsm" / "Pendulum-v1_1" / "Pendulum-v1.zip").save_safe(tmp_path / "pendulum")
+    common = ("enjoy", "--env", "Pendulum-v1", "--no-render", "-n", 400)
+    _, expected, _ = cli(*common, "-f", logs, "--exp-id", 1)
+    status, out, err = cli(*common, "--safe", tmp_path / "pendulum.safetensors")
+    assert status == 0, err
+    assert f"Loading {tmp_path / 'pendulum.safetensors'}" in out
+    assert "2 Episodes" in out
+    assert out.partition("pendulum.safetensors")[2] == expected.partition("Pendulum-v1.zip")[2]
+
+
+def test_enjoy_a_safe_file_with_statistics(cli, tmp_path, monkeypatch):
+    env = VecNormalize(make_vec_env("Pendulum-v1"))
+    model = QSM("MlpPolicy", env, learning_starts=500, buffer_size=500).learn(50)
+    model.save_safe(tmp_path / "pendulum")
+    seen = []
+    real_predict = QSM.predict
+
+    def predict(self, observation, *args, **kwargs):
+        seen.append(observation)
+        return real_predict(self, observation, *args, **kwargs)
+
+    monkeypatch.setattr(QSM, "predict", predict)
+    status, _, err = cli("enjoy", "--env", "Pendulum-v1", "--no-render", "-n", 5, "--safe", tmp_path / "pendulum.safetensors")
+    assert status == 0, err
+    first = make_vec_env("Pendulum-v1", seed=0).reset()
+    np.testing.assert_array_equal(seen[0], env.normalize_obs(first))
+    assert np.abs(seen[0] - first).max() > 0.1
 
 
 def test_agents_that_only_play_have_no_replay_buffer(cli, logs, monkeypatch):
