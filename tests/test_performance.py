@@ -145,6 +145,8 @@ def test_bf16_acting(tmp_path):
     loaded = QSM.load(tmp_path / "model")
     np.testing.assert_array_equal(loaded.predict(obs, deterministic=True)[0], actions)
     assert QSM.load(tmp_path / "model", precision="float32").actor.precision == "float32"
+    model.save_safe(tmp_path / "model")
+    assert QSM.load_safe(tmp_path / "model").actor.precision == "bf16"
 
 
 def test_precision_the_device_would_emulate():

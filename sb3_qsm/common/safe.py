@@ -117,6 +117,7 @@ _LAID_OUT = {
     "compile": False,
     "n_steps": 1,
     "optimize_memory_usage": False,
+    "precision": "float32",
     "replay_buffer_class": None,
     "replay_buffer_kwargs": None,
     "seed": None,
