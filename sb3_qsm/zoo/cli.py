@@ -62,6 +62,7 @@ _PLAYS = ("enjoy", "record_video", "push_to_hub")
 # Packages that tell gymnasium of their environments only when they are imported, and how the names of those begin
 _ENV_PACKAGES = {
     "shimmy": ("dm_control/",),
+    "sb3_qsm.envs": ("sb3_qsm/",),
     "gymnasium_robotics": ("Adroit", "AntMaze", "Fetch", "FrankaKitchen", "HandManipulate", "HandReach", "PointMaze"),
 }
 # Options that a resumed run may change: they do not touch what is computed
