@@ -12,6 +12,7 @@ task. Memory and the time to compile are measured in a process for each subject.
 """
 
 import argparse
+import copy
 import csv
 import functools
 import json
@@ -57,7 +58,7 @@ def make_model(algo: type[OffPolicyAlgorithm], buffer_size: int = TRANSITIONS, *
     :param kwargs: Further constructor arguments
     :return: The model
     """
-    kwargs = {**SAME_WIDTH, **kwargs}
+    kwargs = copy.deepcopy({**SAME_WIDTH, **kwargs})  # SAC adds to its policy_kwargs
     model = algo("MlpPolicy", gym.make("HalfCheetah-v5"), seed=0, device="cpu", buffer_size=buffer_size, **kwargs)
     model.set_logger(Logger(None, []))
     rng, buffer = np.random.default_rng(0), model.replay_buffer
@@ -220,7 +221,14 @@ def environment(rounds: int) -> Iterator[Row]:
         ):
             env = make_vec_env("HalfCheetah-v5", n_envs=n_envs)
             models[name] = algo(
-                "MlpPolicy", env, device="cpu", seed=0, buffer_size=TRANSITIONS, gradient_steps=-1, **SAME_WIDTH, **kwargs
+                "MlpPolicy",
+                env,
+                device="cpu",
+                seed=0,
+                buffer_size=TRANSITIONS,
+                gradient_steps=-1,
+                **copy.deepcopy(SAME_WIDTH),
+                **kwargs,
             )
             models[name].learn(256)
         steps = 200
@@ -318,26 +326,27 @@ def plot(table: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True, width_ratios=[1.3, 1, 1])
-
-    def bars(ax: Any, section: str, title: str) -> None:
-        found = [line for line in table if line["section"] == section]
-        colors = ["#0072B2" if line["subject"].startswith("QSM") else "#999999" for line in found]
-        ax.barh([line["subject"] for line in found], [float(line["over_sac"]) for line in found], color=colors)
+    by_section = {section: [line for line in table if line["section"] == section] for section in {r["section"] for r in table}}
+    bars = {"gradient step": "Gradient steps, batch 256", "environment step, 1 env.": "Training on HalfCheetah-v5"}
+    bars = {section: title for section, title in bars.items() if section in by_section}
+    curve = by_section.get("gradient step against T", [])
+    panels = len(bars) + bool(curve)
+    figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 4), constrained_layout=True, squeeze=False)
+    for ax, (section, title) in zip(axes[0], bars.items(), strict=False):
+        lines = by_section[section]
+        colors = ["#0072B2" if line["subject"].startswith("QSM") else "#999999" for line in lines]
+        ax.barh([line["subject"] for line in lines], [float(line["over_sac"]) for line in lines], color=colors)
         ax.axvline(1.0, color="black", linewidth=0.8)
         ax.invert_yaxis()
         ax.set(title=title, xlabel="speed in units of SAC's")
-
-    bars(axes[0], "gradient step", "Gradient steps, batch 256")
-    bars(axes[1], "environment step, 1 env.", "Training on HalfCheetah-v5")
-    steps = [line for line in table if line["section"] == "gradient step against T" and line["subject"] != REFERENCE]
-    sac = [float(line["median"]) for line in table if line["section"] == "gradient step against T" and line not in steps]
-    axes[2].plot([int(line["subject"].split("=")[1]) for line in steps], [float(line["median"]) for line in steps], "o-")
-    if sac:
-        axes[2].axhline(sac[0], color="#999999", linestyle="--", label="SAC")
-        axes[2].legend(frameon=False)
-    axes[2].set(title="Cost of a gradient step", xlabel="diffusion steps T", ylabel="ms", ylim=(0, None))
-    for ax in axes:
+    if curve:
+        qsm = [line for line in curve if line["subject"] != REFERENCE]
+        sac = float(next(line["median"] for line in curve if line["subject"] == REFERENCE))
+        axes[0, -1].plot([int(line["subject"].split("=")[1]) for line in qsm], [float(line["median"]) for line in qsm], "o-")
+        axes[0, -1].axhline(sac, color="#999999", linestyle="--", label="SAC")
+        axes[0, -1].legend(frameon=False)
+        axes[0, -1].set(title="Cost of a gradient step", xlabel="diffusion steps T", ylabel="ms", ylim=(0, None))
+    for ax in axes[0]:
         ax.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 

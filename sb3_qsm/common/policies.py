@@ -147,7 +147,7 @@ class DiffusionActor(BasePolicy):
         :return: Scaled actions in [-1, 1], shape ``(batch, action_dim)``
         """
         # For a few observations the conversions would cost more than they save
-        with autocast(self.device, self.precision if len(features) >= MIN_ROWS else "float32"):
+        with autocast(x_last.device, self.precision if len(x_last) >= MIN_ROWS else "float32"):
             predict_noise = self.score_network.denoiser(features, self.steps)
             return SAMPLERS[self.sampler](predict_noise, self.schedule, x_last, noise, self.sampling_temperature)
 
