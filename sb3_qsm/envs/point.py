@@ -119,16 +119,17 @@ class NGoalPointEnv(PointEnv):
     good, and their mean, standing still, is the worst.
 
     :param n_goals: Number of goals
+    :param step_size: Length of a step
     :param kwargs: Further arguments of :class:`PointEnv`
     :raises ValueError: if there are no goals
     """
 
-    def __init__(self, n_goals: int = 4, **kwargs: Any) -> None:
+    def __init__(self, n_goals: int = 4, step_size: float = 0.25, **kwargs: Any) -> None:
         if isinstance(n_goals, bool) or not isinstance(n_goals, int) or n_goals < 1:
             raise ValueError(f"n_goals must be an integer >= 1, got {n_goals!r}")
         angles = [2.0 * math.pi * i / n_goals for i in range(n_goals)]
         goals = [(math.cos(angle), math.sin(angle)) for angle in angles]
-        super().__init__(goals, start=(0.0, 0.0), bounds=(-1.5, -1.5, 1.5, 1.5), **kwargs)
+        super().__init__(goals, (0.0, 0.0), (-1.5, -1.5, 1.5, 1.5), step_size=step_size, **kwargs)
 
 
 class CorridorEnv(PointEnv):

@@ -11,7 +11,7 @@ MAZE_STEPS = {"Point": 60, "Ant": 500}
 def register_envs() -> None:
     """Register the environments with gymnasium; those that are registered stay as they are."""
     entries = {
-        "NGoalPoint": ("point:NGoalPointEnv", 30, {}),
+        "NGoalPoint": ("point:NGoalPointEnv", 15, {}),
         "Corridor": ("point:CorridorEnv", 60, {}),
         **{
             f"{agent}Maze_{maze}": ("maze:MazeEnv", steps, {"agent": agent.lower(), **layout})

@@ -45,6 +45,7 @@ COMMANDS = {
     "plot_train": "plot the returns of the training episodes",
     "all_plots": "plot the evaluations of several runs, print a table, write them to a file",
     "plot_from_file": "plot what all_plots wrote",
+    "plot_policy": "draw what a trained agent does: its actions, the reverse process, the score field, its trajectories",
     "benchmark": "evaluate all trained agents in a folder and write a table",
     "push_to_hub": "upload a trained agent to the Hugging Face Hub",
     "load_from_hub": "download a trained agent from the Hugging Face Hub",
@@ -56,6 +57,7 @@ _FUNCTIONS = {
     "plot_train": ("rl_zoo3.plots.plot_train", "plot_train"),
     "all_plots": ("rl_zoo3.plots.all_plots", "all_plots"),
     "plot_from_file": ("rl_zoo3.plots.plot_from_file", "plot_from_file"),
+    "plot_policy": ("sb3_qsm.zoo.plot_policy", "plot_policy"),
 }
 _PLOTS = ("plot_train", "all_plots", "plot_from_file")
 _PLAYS = ("enjoy", "record_video", "push_to_hub")

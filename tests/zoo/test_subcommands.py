@@ -219,6 +219,34 @@ def test_push_to_hub_and_load_from_hub(cli, logs, tmp_path, monkeypatch):
     assert status == 0, err
 
 
+def test_plot_policy(cli, logs, tmp_path):
+    arguments = ("plot_policy", "--env", "Pendulum-v1", "-f", logs, "--exp-id", 1, "-o", tmp_path / "pictures")
+    status, out, err = cli(*arguments)
+    assert status == 0, err
+    assert str(logs / "qsm" / "Pendulum-v1_1" / "Pendulum-v1.zip") in out
+    assert "No trajectories: the info at the end of an episode must have 'success'" in out
+    files = sorted((tmp_path / "pictures").iterdir())
+    assert [file.name for file in files] == ["actions.png", "reverse_process.png", "score_field.png"]
+    for file in files:
+        assert f"Saved {file}" in out
+        assert iio.imread(file).std() > 10
+    status, _, err = cli(*arguments, "-n", -1)
+    assert status == 2
+    assert err == "sb3-qsm plot_policy: error: argument -n/--n-episodes: must be an integer >= 0, got -1\n"
+
+
+def test_plot_policy_in_an_environment_with_modes(cli, tmp_path):
+    env = "sb3_qsm/NGoalPoint-v0"
+    options = ("-n", 200, "-f", tmp_path, "--eval-freq", -1, "--verbose", 0, "--env-kwargs", "n_goals:3")
+    status, _, err = cli("train", "--env", env, *options, *SHORT)
+    assert status == 0, err
+    status, out, err = cli("plot_policy", "--env", env, "-f", tmp_path, "-n", 3)
+    assert status == 0, err
+    assert "3 episodes, success rate" in out
+    (picture,) = tmp_path.glob("qsm/*/plots/trajectories.png")
+    assert iio.imread(picture).std() > 10
+
+
 def test_other_algorithms_work_as_in_rl_zoo3(cli, tmp_path):
     network = ("-params", "learning_starts:50", "policy_kwargs:dict(net_arch=[16])")
     common = ("--env", "Pendulum-v1", "-n", 60, "-f", tmp_path, "--eval-freq", -1, "--verbose", 0)
