@@ -72,6 +72,33 @@ def test_deterministic_action_is_a_function_of_the_observation(sampler, noise_sc
         assert rng_states() == before
 
 
+@pytest.mark.parametrize("change", ["train", "data", "load", "set", "vector"])
+def test_acting_follows_the_parameters(change):
+    """What is kept between calls of ``predict`` goes when any parameter in it changes, however it was changed."""
+    model = make_model()
+    network = model.actor.score_network
+    obs = observations(1)
+    before, _ = model.predict(obs, deterministic=True)
+    model.predict(obs, deterministic=True)
+    if change == "train":
+        model.learning_rate = model.lr_schedule = lambda _: 0.05
+        model.learn(20)
+    elif change == "data":
+        for parameter in model.policy.parameters():
+            parameter.data.mul_(1.1)
+    elif change == "load":
+        model.policy.load_state_dict({name: value * 1.1 for name, value in model.policy.state_dict().items()})
+    elif change == "set":
+        network.time_mlp[0].weight = th.nn.Parameter(network.time_mlp[0].weight * 3)
+    else:
+        model.policy.load_from_vector(model.policy.parameters_to_vector() * 1.1)
+    after, _ = model.predict(obs, deterministic=True)
+    network._time_cache = None
+    fresh, _ = model.predict(obs, deterministic=True)
+    np.testing.assert_array_equal(after, fresh)
+    assert np.abs(after - before).max() > 1e-5
+
+
 @pytest.mark.parametrize("best_of_n", [1, 5])
 def test_deterministic_action_of_the_actor_and_after_loading(tmp_path, best_of_n):
     model = make_model(best_of_n=best_of_n)

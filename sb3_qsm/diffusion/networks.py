@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch as th
 from torch import nn
 
-from sb3_qsm.diffusion.linear import Linear, linear
+from sb3_qsm.diffusion.linear import MIN_ROWS, Linear, linear
 
 
 def xavier_init(module: nn.Module) -> None:
@@ -102,6 +102,7 @@ class ScoreNetwork(nn.Module):
         assert isinstance(first, Linear)
         self.input_layer = first
         self.trunk = nn.Sequential(*others)
+        self._time_cache: tuple[list[tuple[int, int]], list[th.Tensor], th.Tensor] | None = None
 
     def context(self, features: th.Tensor) -> th.Tensor:
         """
@@ -117,6 +118,17 @@ class ScoreNetwork(nn.Module):
         :return: Their share in the first layer, shape ``(n, width)``
         """
         return linear(self.time_mlp(self.fourier(t)), self.input_layer.weight[:, self.action_dim + self.features_dim :])
+
+    def _cached_time_table(self, steps: th.Tensor) -> th.Tensor:
+        """:meth:`time_table`, from the last call if nothing in it has changed since."""
+        parameters = [steps, self.fourier.weight, *self.time_mlp.parameters(), self.input_layer.weight]
+        key = [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+        # The counters see neither the fused optimizers nor what is done to ``parameter.data``. Both change all parameters, so
+        # that the values of the vectors among them give them away
+        vectors = [parameter for parameter in parameters if parameter.dim() == 1]
+        if self._time_cache is None or key != self._time_cache[0] or not all(map(th.equal, vectors, self._time_cache[1])):
+            self._time_cache = key, [vector.clone() for vector in vectors], self.time_table(steps)
+        return self._time_cache[2]
 
     def denoise(self, actions: th.Tensor, shift: th.Tensor) -> th.Tensor:
         """
@@ -137,7 +149,10 @@ class ScoreNetwork(nn.Module):
         :param steps: All diffusion steps 0..T-1, int64
         :return: Function from noised actions and the step, a Python integer, to the predicted noise
         """
-        shifts = (self.time_table(steps).unsqueeze(1) + self.context(features)).unbind()
+        # For a few observations the table is a sixth of the work of acting
+        cached = not (th.compiler.is_compiling() or th.is_grad_enabled() or features.is_cuda) and len(features) < MIN_ROWS
+        table = self._cached_time_table(steps) if cached else self.time_table(steps)
+        shifts = (table.unsqueeze(1) + self.context(features)).unbind()
         weight = self.input_layer.weight[:, : self.action_dim].t()
         # Called without the look for hooks that a module does first: it costs as much as a small product
         layers = [layer.bind(len(features)) if isinstance(layer, Linear) else layer.forward for layer in self.trunk]

@@ -85,10 +85,15 @@ def ddpm_x0(
     last = schedule.diffusion_steps - 1
     draws = None if noise is None else noise.unbind()
     for t in range(last, -1, -1):
-        clean = _clean_sample(x, predict_noise(x, t), schedule, t)
+        # The clipped estimate comes out already weighted: one operation less for each step
+        signal, sigma = schedule.signal_rates[t], schedule.noise_rates[t]
+        weight = schedule.posterior_clean_coefs[t]
+        eps = predict_noise(x, t)
+        clean = (x * (weight / signal)).sub_(eps, alpha=weight * sigma / signal).clamp_(-weight, weight)
         if t == 0:
+            # The weight of the last estimate is one
             return clean
-        x = clean.mul_(schedule.posterior_clean_coefs[t]).add_(x, alpha=schedule.posterior_noisy_coefs[t])
+        x = clean.add_(x, alpha=schedule.posterior_noisy_coefs[t])
         if draws is not None:
             x = x.add_(draws[last - t], alpha=schedule.posterior_stds[t] * temperature)
     raise AssertionError("a schedule has at least one step")  # pragma: no cover
