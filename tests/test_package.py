@@ -59,6 +59,8 @@ def test_import_is_light():
         "imageio",
         "matplotlib",
         "mujoco",
+        "onnxruntime",
+        "onnxscript",
         "optuna",
         "pandas",
         "ray",

@@ -356,6 +356,10 @@ def test_huge_header(length):
 
 def test_untouched_rewriting_is_accepted(content):
     assert differences(state(load(rewrite(content))), state(load(content))) == []
+    # As in a file that is older than the argument
+    older = load(rewrite(content, lambda config: config["arguments"].pop("best_of_n") and None))
+    assert differences(state(older), state(load(content))) == []
+    assert older.best_of_n == 1
 
 
 def put(path, value):
@@ -393,7 +397,7 @@ HOSTILE = {
         "learning_rate.'x' is not known",
     ),
     "object's argument missing": (put("arguments.learning_rate", object_("LinearSchedule", start=1)), "is missing"),
-    "argument missing": (lambda config: config["arguments"].pop("gamma") and None, "'gamma' is missing"),
+    "counter missing": (lambda config: config["counters"].pop("_n_updates") and None, "'_n_updates' is missing"),
     "policy": (put("policy", "/tmp/policy.py"), "policy must be one of MlpPolicy"),
     "policy_kwargs": (put("arguments.policy_kwargs.__init__", 1), "policy_kwargs.'__init__' is not known"),
     "no list of layers": (put("arguments.policy_kwargs.net_arch", "os"), "policy_kwargs.net_arch must be of type"),

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
@@ -18,9 +19,22 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_qsm.common.performance import autocast
-from sb3_qsm.diffusion import SAMPLERS, NoiseSchedule, ScoreNetwork
+from sb3_qsm.diffusion import SAMPLERS, NoiseSchedule, ScoreNetwork, ddim
 from sb3_qsm.diffusion.linear import MIN_ROWS
 from sb3_qsm.diffusion.networks import mlp, xavier_init
+
+
+def check_sampling_steps(value: Any, diffusion_steps: int) -> None:
+    """
+    :param value: Number of DDIM steps to act in, or None
+    :param diffusion_steps: Number of diffusion steps T
+    :raises ValueError: if it is neither None nor an integer from 1 to T
+    """
+    integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if value is not None and not (integer and 1 <= value <= diffusion_steps):
+        raise ValueError(
+            f"sampling_steps must be None or an integer from 1 to diffusion_steps={diffusion_steps}, got {value!r}"
+        )
 
 
 class DiffusionActor(BasePolicy):
@@ -38,6 +52,7 @@ class DiffusionActor(BasePolicy):
     :param noise_schedule: ``"vp"``, ``"cosine"`` or ``"linear"``
     :param sampler: ``"ddpm"`` (clips the sample), ``"ddpm_x0"`` (clips the estimate) or ``"ddim"``
     :param sampling_temperature: Factor on the noise of the reverse process
+    :param sampling_steps: Number of DDIM steps to act in, at most T; by default the whole chain of ``sampler``
     :param normalize_images: Whether to divide images by 255.0
     :param fourier_dim: Number of Fourier features of the diffusion step
     :param time_arch: Layers of the embedding of the diffusion step
@@ -63,6 +78,7 @@ class DiffusionActor(BasePolicy):
         noise_schedule: str = "cosine",
         sampler: str = "ddpm_x0",
         sampling_temperature: float = 1.0,
+        sampling_steps: int | None = None,
         normalize_images: bool = True,
         fourier_dim: int = 64,
         time_arch: Sequence[int] = (128, 128),
@@ -85,6 +101,7 @@ class DiffusionActor(BasePolicy):
         self.noise_schedule = noise_schedule
         self.sampler = sampler
         self.sampling_temperature = sampling_temperature
+        self.sampling_steps = sampling_steps
         self.fourier_dim = fourier_dim
         self.time_arch = time_arch
         self.xavier = xavier
@@ -111,11 +128,22 @@ class DiffusionActor(BasePolicy):
             noise_schedule=self.noise_schedule,
             sampler=self.sampler,
             sampling_temperature=self.sampling_temperature,
+            sampling_steps=self.sampling_steps,
             fourier_dim=self.fourier_dim,
             time_arch=self.time_arch,
             xavier=self.xavier,
         )
         return data
+
+    @property
+    def sampling_steps(self) -> int | None:
+        """Number of DDIM steps to act in; None for the whole chain of ``sampler``. It can be changed at any time."""
+        return self._sampling_steps
+
+    @sampling_steps.setter
+    def sampling_steps(self, value: int | None) -> None:
+        check_sampling_steps(value, self.diffusion_steps)
+        self._sampling_steps = value
 
     def features(self, obs: PyTorchObs) -> th.Tensor:
         """
@@ -137,18 +165,25 @@ class DiffusionActor(BasePolicy):
         time = nn.functional.embedding(t, self.score_network.time_table(self.steps))
         return self.score_network.denoise(actions, self.score_network.context(features) + time).float()
 
-    def sample(self, features: th.Tensor, x_last: th.Tensor, noise: th.Tensor | None) -> th.Tensor:
+    def sample(
+        self, features: th.Tensor, x_last: th.Tensor, noise: th.Tensor | None, sampling_steps: int | None = None
+    ) -> th.Tensor:
         """
         Run the reverse process with the given noise. Meant to be called without gradient.
 
         :param features: Features of the observation, shape ``(batch, features_dim)``
         :param x_last: Latent a_T, shape ``(batch, action_dim)``
         :param noise: Noise of the chain, shape ``(T, batch, action_dim)``; None for a chain without noise
+        :param sampling_steps: Number of DDIM steps to take, without the noise, in place of the whole chain of ``sampler``
         :return: Scaled actions in [-1, 1], shape ``(batch, action_dim)``
         """
-        # For a few observations the conversions would cost more than they save
-        with autocast(x_last.device, self.precision if len(x_last) >= MIN_ROWS else "float32"):
+        # For a few observations the conversions would cost more than they save. The number of rows is asked for last: it may
+        # be a symbol while a graph is made
+        precision = "float32" if self.precision == "float32" or x_last.shape[0] < MIN_ROWS else self.precision
+        with autocast(x_last.device, precision):
             predict_noise = self.score_network.denoiser(features, self.steps)
+            if sampling_steps is not None:
+                return ddim(predict_noise, self.schedule, x_last, sampling_steps=sampling_steps)
             return SAMPLERS[self.sampler](predict_noise, self.schedule, x_last, noise, self.sampling_temperature)
 
     def draw_latents(self, batch_size: int, deterministic: bool = False, n: int = 1) -> tuple[th.Tensor, th.Tensor | None]:
@@ -171,6 +206,8 @@ class DiffusionActor(BasePolicy):
             latents = th.randn(n, 1, self.action_dim, generator=th.Generator().manual_seed(0))
             latents[0] = 0.0
             return latents.to(self.device).expand(n, batch_size, self.action_dim).reshape(n * batch_size, -1), None
+        if self.sampling_steps is not None:
+            return th.randn(n * batch_size, self.action_dim, device=self.device), None
         noise = th.randn(self.diffusion_steps + 1, n * batch_size, self.action_dim, device=self.device)
         return noise[0], noise[1:]
 
@@ -181,7 +218,7 @@ class DiffusionActor(BasePolicy):
         :return: Scaled actions in [-1, 1], shape ``(batch, action_dim)``
         """
         features = self.features(obs)
-        return self.sample(features, *self.draw_latents(features.shape[0], deterministic))
+        return self.sample(features, *self.draw_latents(features.shape[0], deterministic), self.sampling_steps)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self.forward(observation, deterministic)
@@ -293,6 +330,7 @@ class DiffusionPolicy(BasePolicy):
     :param noise_schedule: ``"vp"``, ``"cosine"`` or ``"linear"``
     :param sampler: ``"ddpm"`` (clips the sample), ``"ddpm_x0"`` (clips the estimate) or ``"ddim"``
     :param sampling_temperature: Factor on the noise of the reverse process
+    :param sampling_steps: Number of DDIM steps to act in, at most T; by default the whole chain of ``sampler``
     :param best_of_n: Number of actions to draw; the one with the highest minimum over the critics is taken
     :param fourier_dim: Number of Fourier features of the diffusion step
     :param time_arch: Layers of the embedding of the diffusion step
@@ -328,6 +366,7 @@ class DiffusionPolicy(BasePolicy):
         noise_schedule: str = "cosine",
         sampler: str = "ddpm_x0",
         sampling_temperature: float = 1.0,
+        sampling_steps: int | None = None,
         best_of_n: int = 1,
         fourier_dim: int = 64,
         time_arch: Sequence[int] = (128, 128),
@@ -366,6 +405,7 @@ class DiffusionPolicy(BasePolicy):
             "noise_schedule": noise_schedule,
             "sampler": sampler,
             "sampling_temperature": sampling_temperature,
+            "sampling_steps": sampling_steps,
             "fourier_dim": fourier_dim,
             "time_arch": time_arch,
         }
@@ -458,7 +498,9 @@ class DiffusionPolicy(BasePolicy):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         if self.best_of_n > 1:
-            return self._best_of_n(observation, deterministic)
+            features = self.actor.features(observation)
+            latents = self.actor.draw_latents(features.shape[0], deterministic, self.best_of_n)
+            return self._best_of_n(observation, features, *latents)
         if th.is_grad_enabled():
             return self.actor.forward(observation, deterministic)
         # Operations cost less without autograd's bookkeeping; the copy is an ordinary tensor again
@@ -466,12 +508,12 @@ class DiffusionPolicy(BasePolicy):
             actions = self.actor.forward(observation, deterministic)
         return actions.clone()
 
-    def _best_of_n(self, observation: PyTorchObs, deterministic: bool) -> th.Tensor:
-        """Draw ``best_of_n`` actions for each observation and keep the one with the highest min_i Q_i(s, a)."""
-        n = self.best_of_n
-        features = self.actor.features(observation)
-        batch_size = features.shape[0]
-        candidates = self.actor.sample(features.repeat(n, 1), *self.actor.draw_latents(batch_size, deterministic, n))
+    def _best_of_n(
+        self, observation: PyTorchObs, features: th.Tensor, x_last: th.Tensor, noise: th.Tensor | None
+    ) -> th.Tensor:
+        """Of ``best_of_n`` actions for each observation, made of the given noise, the one with the highest min_i Q_i(s, a)."""
+        n, batch_size = self.best_of_n, features.shape[0]
+        candidates = self.actor.sample(features.repeat(n, 1), x_last, noise, self.actor.sampling_steps)
         q_values = self.critic.q_values(self.critic.features(observation).repeat(n, 1), candidates).amin(dim=0)
         best = q_values.view(n, batch_size).argmax(dim=0)
         return candidates.view(n, batch_size, -1)[best, th.arange(batch_size, device=best.device)]

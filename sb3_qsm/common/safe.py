@@ -348,9 +348,10 @@ def _lay_out(
         raise ValueError(f"policy must be one of {', '.join(algorithm.policy_aliases)}, got {config['policy']!r}")
     # SB3's hints name VecEnv without importing it
     hints = typing.get_type_hints(algorithm.__init__, localns={"VecEnv": VecEnv})
-    _fields(config["arguments"], {name: hints[name] for name in _argument_names(algorithm)}, "")
+    # What is missing is newer than the file, and takes its default
+    _fields(config["arguments"], {name: hints[name] for name in _argument_names(algorithm)}, "", partial=True)
     hints = {**typing.get_type_hints(policy_class.__init__), "use_sde": bool}
-    _fields(config["arguments"]["policy_kwargs"] or {}, hints, "policy_kwargs", partial=True)
+    _fields(config["arguments"].get("policy_kwargs") or {}, hints, "policy_kwargs", partial=True)
 
     # The sizes of networks can be anything before they are compared, so that the tensors are of the device without memory
     meta = th.device("meta")

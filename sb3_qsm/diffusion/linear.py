@@ -76,13 +76,14 @@ def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None = None) -> th
     :return: Output, shape ``(batch, out)``
     """
     if (
-        x.dim() == 2
+        # First: the number of rows may be a symbol while a graph is made
+        not th.compiler.is_compiling()
+        and x.dim() == 2
         and x.shape[0] >= MIN_ROWS
         and x.device.type == "cpu"
         and x.dtype == th.float32
         and weight.dtype == th.float32
         and not th.is_autocast_enabled("cpu")
-        and not th.compiler.is_compiling()
         and prefers_onednn()
     ):
         if th.is_grad_enabled():
@@ -102,5 +103,5 @@ class Linear(nn.Linear):
         :param rows: Size of the batches to come
         :return: The layer as a function that does not choose a library again at every call
         """
-        function = F.linear if rows < MIN_ROWS else linear
+        function = F.linear if th.compiler.is_compiling() or rows < MIN_ROWS else linear
         return partial(function, weight=self.weight, bias=self.bias)

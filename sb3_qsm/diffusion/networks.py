@@ -155,7 +155,7 @@ class ScoreNetwork(nn.Module):
         shifts = (table.unsqueeze(1) + self.context(features)).unbind()
         weight = self.input_layer.weight[:, : self.action_dim].t()
         # Called without the look for hooks that a module does first: it costs as much as a small product
-        layers = [layer.bind(len(features)) if isinstance(layer, Linear) else layer.forward for layer in self.trunk]
+        layers = [layer.bind(features.shape[0]) if isinstance(layer, Linear) else layer.forward for layer in self.trunk]
 
         def predict_noise(x: th.Tensor, t: int) -> th.Tensor:
             hidden = th.addmm(shifts[t], x, weight)

@@ -5,6 +5,7 @@ temperature)`` with the latent ``x_last`` ~ N(0, I) of shape ``(batch, action_di
 gets t as a Python integer.
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch as th
@@ -105,26 +106,29 @@ def ddim(
     x_last: th.Tensor,
     noise: th.Tensor | None = None,
     temperature: float = 1.0,
+    sampling_steps: int | None = None,
 ) -> th.Tensor:
     """
     DDIM with eta = 0 (arXiv 2010.02502, equation 12): deterministic given the latent. The direction towards a_t is computed
-    from the clipped estimate, so that the chain stays consistent with it.
+    from the clipped estimate, so that the chain stays consistent with it. It may skip steps: those taken are evenly spaced and
+    end at T - 1, where the chain starts ("trailing" spacing, arXiv 2305.08891, section 3.3).
 
     :param predict_noise: The noise prediction of the network
     :param schedule: Noise schedule with T steps
     :param x_last: Latent a_T, shape ``(batch, action_dim)``
     :param noise: Not used
     :param temperature: Not used
+    :param sampling_steps: Number of steps to take, at most T; all by default
     :return: Actions in [-1, 1], shape ``(batch, action_dim)``
     """
+    n = sampling_steps or schedule.diffusion_steps
+    steps = [round(schedule.diffusion_steps * k / n) - 1 for k in range(n, 0, -1)]
     x = x_last
-    for t in range(schedule.diffusion_steps - 1, -1, -1):
+    for t, s in itertools.pairwise(steps):
         clean = _clean_sample(x, predict_noise(x, t), schedule, t)
-        if t == 0:
-            return clean
-        ratio = schedule.noise_rates[t - 1] / schedule.noise_rates[t]
-        x = (schedule.signal_rates[t - 1] - ratio * schedule.signal_rates[t]) * clean + ratio * x
-    raise AssertionError("a schedule has at least one step")  # pragma: no cover
+        ratio = schedule.noise_rates[s] / schedule.noise_rates[t]
+        x = (schedule.signal_rates[s] - ratio * schedule.signal_rates[t]) * clean + ratio * x
+    return _clean_sample(x, predict_noise(x, steps[-1]), schedule, steps[-1])
 
 
 #: Known samplers. A new one is a function and a line here.

@@ -35,7 +35,7 @@ from torch import nn
 
 from sb3_qsm.common.checkpoint import resume
 from sb3_qsm.common.performance import check_compiler, check_precision
-from sb3_qsm.common.policies import DiffusionActor, DiffusionPolicy, QCritic
+from sb3_qsm.common.policies import DiffusionActor, DiffusionPolicy, QCritic, check_sampling_steps
 from sb3_qsm.common.safe import OBJECTS, load_safe, save_safe
 from sb3_qsm.diffusion import NOISE_SCHEDULES, SAMPLERS
 from sb3_qsm.qsm.losses import ActorLoss, CriticLoss, Gradients, Metrics, Transitions, UpdateNoise
@@ -127,6 +127,8 @@ class QSM(OffPolicyAlgorithm):
     :param policy_delay: Update the actor once every ``policy_delay`` gradient steps
     :param target_update_interval: Update the target critics once every ``target_update_interval`` gradient steps
     :param best_of_n: Number of actions to draw when acting; the one with the highest minimum over the critics is taken
+    :param sampling_steps: Number of steps to act in, at most T, by DDIM on evenly spaced ones of the T; by default the whole
+        chain of ``sampler``. The critic's target always takes the whole chain
     :param exploration_noise: Standard deviation of the Gaussian noise added to the scaled actions while collecting
     :param exploration_initial_eps: Probability that an action is uniformly random instead, at the first step after
         ``learning_starts``; it falls linearly to zero
@@ -187,6 +189,7 @@ class QSM(OffPolicyAlgorithm):
         policy_delay: int = 1,
         target_update_interval: int = 1,
         best_of_n: int = 1,
+        sampling_steps: int | None = None,
         exploration_noise: float = 0.1,
         exploration_initial_eps: float = 0.5,
         exploration_decay_steps: int = 10_000,
@@ -241,6 +244,7 @@ class QSM(OffPolicyAlgorithm):
         self.policy_delay = policy_delay
         self.target_update_interval = target_update_interval
         self.best_of_n = best_of_n
+        self.sampling_steps = sampling_steps
         self.exploration_noise = exploration_noise
         self.exploration_initial_eps = exploration_initial_eps
         self.exploration_decay_steps = exploration_decay_steps
@@ -316,6 +320,7 @@ class QSM(OffPolicyAlgorithm):
             check_compiler(self.device)
         for name in ("diffusion_steps", "best_of_n", "policy_delay", "target_update_interval", "batch_size", "buffer_size"):
             integer(name, 1)
+        check_sampling_steps(self.sampling_steps, self.diffusion_steps)
         integer("exploration_decay_steps", 0)
         integer("n_steps", 1)
         number("temperature", 0.0, strict=True)
@@ -340,6 +345,7 @@ class QSM(OffPolicyAlgorithm):
             "sampler": self.sampler,
             "sampling_temperature": self.sampling_temperature,
             "best_of_n": self.best_of_n,
+            "sampling_steps": self.sampling_steps,
         }
 
     def _setup_model(self) -> None:
@@ -594,7 +600,7 @@ class QSM(OffPolicyAlgorithm):
             observation, _ = self.policy.obs_to_tensor(self._last_obs)  # type: ignore[arg-type]
             features = self.actor.features(observation)
             latents = self.actor.draw_latents(len(features), n=n_samples)
-            actions = self.actor.sample(features.repeat(n_samples, 1), *latents)
+            actions = self.actor.sample(features.repeat(n_samples, 1), *latents, self.actor.sampling_steps)
         return actions.view(n_samples, len(features), -1).std(dim=0).mean().item()
 
     def learn(
