@@ -9,10 +9,11 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
+from sb3_qsm.common.losses import UpdateNoise, action_gradient
 from sb3_qsm.common.policies import DiffusionActor
 from sb3_qsm.diffusion import SAMPLERS, NoiseSchedule, ScoreNetwork, predict_clean_sample
-from sb3_qsm.qsm.losses import ActorLoss, UpdateNoise
-from sb3_qsm.qsm.targets import SCORE_TARGETS, DiffusedActions, action_gradient, clip_gradient, running_gradient_norm
+from sb3_qsm.qsm.losses import ActorLoss
+from sb3_qsm.qsm.targets import SCORE_TARGETS, DiffusedActions, clip_gradient, running_gradient_norm
 
 Array = npt.NDArray[np.float64]
 TEMPERATURE = 0.05

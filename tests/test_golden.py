@@ -29,7 +29,8 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn
 
 from sb3_qsm import QSM
-from sb3_qsm.qsm.losses import ActorLoss, UpdateNoise
+from sb3_qsm.common.losses import UpdateNoise
+from sb3_qsm.qsm.losses import ActorLoss
 
 Arrays = dict[str, npt.NDArray[Any]]
 KNOWN_CONFIG = {"M_q", "T", "discount", "lr", "schedule", "target_noise_std", "tau", "temperature"}

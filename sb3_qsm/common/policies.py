@@ -240,6 +240,7 @@ class QCritic(ContinuousCritic):
     :param share_features_extractor: Whether the features extractor belongs to the actor, which then alone trains it
     :param layer_norm: Whether to use layer normalisation in the hidden layers
     :param xavier: Whether to start from Xavier-uniform kernels and zero biases
+    :param output_dim: Number of outputs of each critic
     :raises ValueError: if there are no critics
     """
 
@@ -256,6 +257,7 @@ class QCritic(ContinuousCritic):
         share_features_extractor: bool = False,
         layer_norm: bool = False,
         xavier: bool = True,
+        output_dim: int = 1,
     ) -> None:
         if n_critics < 1:
             raise ValueError(f"n_critics must be at least 1, got {n_critics!r}")
@@ -273,7 +275,7 @@ class QCritic(ContinuousCritic):
         self.n_critics = n_critics
         input_dim = features_dim + get_action_dim(action_space)
         for i in range(n_critics):
-            network = mlp([input_dim, *net_arch, 1], activation_fn, layer_norm)
+            network = mlp([input_dim, *net_arch, output_dim], activation_fn, layer_norm)
             if xavier:
                 xavier_init(network)
             self.add_module(f"qf{i}", network)
@@ -430,21 +432,7 @@ class DiffusionPolicy(BasePolicy):
         self.actor = self.make_actor()
         self.actor.optimizer = self._make_optimizer(self.actor.parameters(), lr_schedule)
 
-        self.critic = self.make_critic(self.actor.features_extractor if self.share_features_extractor else None)
-        self.critic.optimizer = self._make_optimizer(
-            # A shared extractor is trained by the actor's loss
-            [
-                param
-                for name, param in self.critic.named_parameters()
-                if not (self.share_features_extractor and name.startswith("features_extractor."))
-            ],
-            lr_schedule,
-        )
-        # The target never shares its extractor, it follows the critic's
-        self.critic_target = self.make_critic(None)
-        self.critic_target.load_state_dict(self.critic.state_dict())
-        self.critic_target.requires_grad_(False)
-        self.critic_target.set_training_mode(False)
+        self.critic, self.critic_target = self.make_critics(lr_schedule)
 
     def _make_optimizer(self, parameters: Iterable[nn.Parameter], lr_schedule: Schedule) -> th.optim.Optimizer:
         kwargs = dict(self.optimizer_kwargs)
@@ -487,6 +475,28 @@ class DiffusionPolicy(BasePolicy):
         :return: New critics
         """
         return QCritic(**self._update_features_extractor(self.critic_kwargs, features_extractor)).to(self.device)
+
+    def make_critics(self, lr_schedule: Schedule) -> tuple[QCritic, QCritic]:
+        """
+        :param lr_schedule: Learning rate schedule
+        :return: New critics with their optimizer, and target critics that are equal to them
+        """
+        critic = self.make_critic(self.actor.features_extractor if self.share_features_extractor else None)
+        critic.optimizer = self._make_optimizer(
+            # A shared extractor is trained by the actor's loss
+            [
+                param
+                for name, param in critic.named_parameters()
+                if not (self.share_features_extractor and name.startswith("features_extractor."))
+            ],
+            lr_schedule,
+        )
+        # The target never shares its extractor, it follows the critic's
+        critic_target = self.make_critic(None)
+        critic_target.load_state_dict(critic.state_dict())
+        critic_target.requires_grad_(False)
+        critic_target.set_training_mode(False)
+        return critic, critic_target
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """

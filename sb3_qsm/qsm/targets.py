@@ -66,23 +66,6 @@ CRITIC_REDUCTIONS: dict[str, Callable[[th.Tensor], th.Tensor]] = {
 }
 
 
-def action_gradient(q_fn: Callable[[th.Tensor], th.Tensor], actions: th.Tensor) -> th.Tensor:
-    """
-    Gradient of a Q-function in the action.
-
-    :param q_fn: From actions of shape ``(batch, action_dim)`` to Q-values of shape ``(batch,)``, row by row
-    :param actions: Where to take the gradient
-    :return: The gradient, without a graph, shape ``(batch, action_dim)``
-    """
-    if th.compiler.is_compiling():
-        compiled: th.Tensor = th.func.grad(lambda a: q_fn(a).sum())(actions.detach())
-        return compiled
-    with th.enable_grad():
-        actions = actions.detach().requires_grad_(True)
-        (gradient,) = th.autograd.grad(q_fn(actions).sum(), actions)
-    return gradient
-
-
 def running_gradient_norm(previous: th.Tensor, gradient: th.Tensor, rate: float = 0.005) -> th.Tensor:
     """
     Exponential running mean of the mean absolute component of the critic's action gradient. The scale-free targets divide

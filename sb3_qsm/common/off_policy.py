@@ -1,0 +1,382 @@
+"""What the algorithms with a diffusion policy have in common around their updates."""
+
+import io
+import json
+import math
+import os
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Iterable
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.noise import ActionNoise, NormalActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.save_util import open_path
+from stable_baselines3.common.type_aliases import (
+    DictReplayBufferSamples,
+    GymEnv,
+    MaybeCallback,
+    ReplayBufferSamples,
+    Schedule,
+)
+from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
+
+from sb3_qsm.common.checkpoint import resume
+from sb3_qsm.common.losses import Metrics, UpdateNoise
+from sb3_qsm.common.policies import DiffusionActor, DiffusionPolicy, QCritic
+from sb3_qsm.common.safe import load_safe, save_safe
+from sb3_qsm.diffusion import NOISE_SCHEDULES, SAMPLERS
+
+SelfDiffusionAlgorithm = TypeVar("SelfDiffusionAlgorithm", bound="DiffusionOffPolicyAlgorithm")
+
+
+class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
+    """
+    Base of the algorithms that train a diffusion policy from a replay buffer: their common arguments, exploration, checks of
+    what the environment returns, logging, saving and loading. Subclasses bring ``train``.
+
+    :param args: Arguments of SB3's ``OffPolicyAlgorithm``
+    :param actor_learning_rate: Learning rate of the actor, a number or a schedule; by default ``learning_rate``
+    :param diffusion_steps: Number of diffusion steps T
+    :param noise_schedule: One of :data:`sb3_qsm.diffusion.NOISE_SCHEDULES`
+    :param sampler: One of :data:`sb3_qsm.diffusion.SAMPLERS`
+    :param sampling_temperature: Factor on the noise of the reverse process
+    :param target_policy_noise: Standard deviation of the Gaussian noise added to the next action in the critic's target
+    :param exploration_noise: Standard deviation of the Gaussian noise added to the scaled actions while collecting
+    :param exploration_initial_eps: Probability that an action is uniformly random instead, at the first step after
+        ``learning_starts``; it falls linearly to zero
+    :param exploration_decay_steps: Environment step at which that probability is zero
+    :param kwargs: Arguments of SB3's ``OffPolicyAlgorithm``
+    """
+
+    policy: DiffusionPolicy
+    actor: DiffusionActor
+    critic: QCritic
+    critic_target: QCritic
+
+    #: An argument that no other algorithm has, by which saved models are told apart
+    own_argument: ClassVar[str]
+
+    def __init__(
+        self,
+        *args: Any,
+        actor_learning_rate: float | Schedule | None,
+        diffusion_steps: int,
+        noise_schedule: str,
+        sampler: str,
+        sampling_temperature: float,
+        target_policy_noise: float,
+        exploration_noise: float,
+        exploration_initial_eps: float,
+        exploration_decay_steps: int,
+        **kwargs: Any,
+    ) -> None:
+        supported: dict[str, Any] = {"sde_support": False, "supported_action_spaces": (spaces.Box,), "support_multi_env": True}
+        super().__init__(*args, **(kwargs | supported))
+        self.actor_learning_rate = actor_learning_rate
+        self.diffusion_steps = diffusion_steps
+        self.noise_schedule = noise_schedule
+        self.sampler = sampler
+        self.sampling_temperature = sampling_temperature
+        self.target_policy_noise = target_policy_noise
+        self.exploration_noise = exploration_noise
+        self.exploration_initial_eps = exploration_initial_eps
+        self.exploration_decay_steps = exploration_decay_steps
+
+    def _check_choice(self, name: str, known: Iterable[str]) -> None:
+        value = getattr(self, name)
+        if value not in known:
+            raise ValueError(f"Unknown {name} {value!r}; known ones: {', '.join(sorted(known))}")
+
+    def _check_number(self, name: str, low: float, strict: bool = False, high: float = math.inf) -> None:
+        value = getattr(self, name)
+        ok = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
+        if not ok or value < low or (strict and value == low) or value > high:
+            upper = "" if high == math.inf else f" and <= {high:g}"
+            raise ValueError(f"{name} must be a number {'>' if strict else '>='} {low:g}{upper}, got {value!r}")
+
+    def _check_integer(self, name: str, low: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
+            raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
+
+    def _check_hyperparameters(self) -> None:
+        """Refuse arguments out of their range, before anything is built."""
+        self._check_choice("noise_schedule", NOISE_SCHEDULES)
+        self._check_choice("sampler", SAMPLERS)
+        for name in ("diffusion_steps", "batch_size", "buffer_size"):
+            self._check_integer(name, 1)
+        self._check_integer("exploration_decay_steps", 0)
+        for name in ("sampling_temperature", "target_policy_noise", "exploration_noise"):
+            self._check_number(name, 0.0)
+        for name in ("exploration_initial_eps", "tau", "gamma"):
+            self._check_number(name, 0.0, high=1.0)
+        twice = sorted(set(self._diffusion_kwargs()) & set(self.policy_kwargs))
+        if twice:
+            raise ValueError(f"Pass {', '.join(twice)} to {type(self).__name__} itself, not in policy_kwargs")
+
+    def _diffusion_kwargs(self) -> dict[str, Any]:
+        """Arguments of the algorithm that the policy needs to act, also when it is saved alone."""
+        return {
+            "diffusion_steps": self.diffusion_steps,
+            "noise_schedule": self.noise_schedule,
+            "sampler": self.sampler,
+            "sampling_temperature": self.sampling_temperature,
+        }
+
+    def _setup_model(self) -> None:
+        self._check_hyperparameters()
+        policy_kwargs = self.policy_kwargs
+        self.policy_kwargs = {**self._diffusion_kwargs(), **policy_kwargs}
+        try:
+            super()._setup_model()
+        finally:
+            # The user's argument is stored as it was given
+            self.policy_kwargs = policy_kwargs
+        self._create_aliases()
+        if self.actor_learning_rate is not None:
+            self.actor_lr_schedule: Schedule | None = FloatSchedule(self.actor_learning_rate)
+            update_learning_rate(self.actor.optimizer, self.actor_lr_schedule(1))
+        else:
+            self.actor_lr_schedule = None
+
+    def _create_aliases(self) -> None:
+        self.actor = self.policy.actor
+        self.critic = self.policy.critic
+        self.critic_target = self.policy.critic_target
+
+    def _optimizers(self) -> list[th.optim.Optimizer]:
+        """Those that follow the learning rate."""
+        return [self.actor.optimizer, self.critic.optimizer]
+
+    def _update_learning_rates(self) -> None:
+        """Set the learning rates of the optimizers to their schedules and log them."""
+        self._update_learning_rate(self._optimizers())
+        if self.actor_lr_schedule is not None:
+            actor_learning_rate = self.actor_lr_schedule(self._current_progress_remaining)
+            update_learning_rate(self.actor.optimizer, actor_learning_rate)
+            self.logger.record("train/actor_learning_rate", actor_learning_rate)
+
+    def _draw_noise(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> UpdateNoise:
+        """All random numbers of a gradient step, in two calls of the global generator."""
+        steps, shape = self.diffusion_steps, batch.actions.shape
+        normal = th.randn(steps + 3, *shape, device=self.device)
+        t = th.randint(steps, shape[:1], device=self.device)
+        return UpdateNoise(latent=normal[0], chain=normal[1 : steps + 1], target=normal[-2], eps=normal[-1], t=t)
+
+    def _check_finite(self, name: str, metrics: Metrics) -> None:
+        """
+        Stop before a step would destroy the parameters. On a GPU the look would wait for the device, so there it is left to
+        :meth:`_log`, once for each call of ``train``.
+        """
+        if metrics[name].device.type == "cpu":
+            self._require_finite(name, metrics[name].item())
+
+    def _require_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{name} is {value} at environment step {self.num_timesteps}, gradient step {self._n_updates}: check the "
+                "scale of rewards and observations and the learning rate. Model and replay buffer can still be saved."
+            )
+
+    def _log(self, metrics: list[Metrics]) -> None:
+        """Average the metrics over the gradient steps and move them off the device in one piece."""
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        names = list(dict.fromkeys(name for step in metrics for name in step))
+        if not names:
+            return
+        means = th.stack([th.stack([step[name] for step in metrics if name in step]).mean() for name in names]).tolist()
+        for name, mean in zip(names, means, strict=True):
+            if name.endswith("loss"):
+                self._require_finite(name, mean)
+            self.logger.record(f"train/{name}", mean)
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if action_noise is None and self.exploration_noise > 0:
+            shape = (n_envs, *self.action_space.shape)  # type: ignore[misc]
+            action_noise = NormalActionNoise(np.zeros(shape), np.full(shape, self.exploration_noise))
+        actions, buffer_actions = super()._sample_action(learning_starts, action_noise, n_envs)
+        eps = self._exploration_eps()
+        if eps > 0 and self.num_timesteps >= learning_starts:
+            random = np.random.rand(n_envs) < eps
+            buffer_actions[random] = np.random.uniform(-1.0, 1.0, buffer_actions[random].shape)
+            actions = self.policy.unscale_action(buffer_actions)
+        return actions, buffer_actions
+
+    def _exploration_eps(self) -> float:
+        """Probability of a random action at the present step."""
+        decay = max(self.exploration_decay_steps, 1)
+        return self.exploration_initial_eps * max(0.0, 1.0 - self.num_timesteps / decay)
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        self._require_finite_from_env("observation", self._last_obs)
+        return result
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray[Any, Any],
+        new_obs: np.ndarray[Any, Any] | dict[str, np.ndarray[Any, Any]],
+        reward: np.ndarray[Any, Any],
+        dones: np.ndarray[Any, Any],
+        infos: list[dict[str, Any]],
+    ) -> None:
+        # Before anything is stored: the buffer stays good and can be saved
+        self._require_finite_from_env("reward", reward)
+        self._require_finite_from_env("observation", new_obs)
+        if self._vec_normalize_env is not None:
+            # What the buffer gets; VecNormalize clips an infinity out of what it returns
+            self._require_finite_from_env("reward", self._vec_normalize_env.get_original_reward())
+            self._require_finite_from_env("observation", self._vec_normalize_env.get_original_obs())
+        for info in infos:
+            if "terminal_observation" in info:
+                self._require_finite_from_env("terminal observation", info["terminal_observation"])
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    def _require_finite_from_env(self, name: str, value: Any) -> None:
+        """Stop at the first NaN or infinity that the environment returns."""
+        if isinstance(value, dict):
+            for key, entry in value.items():
+                self._require_finite_from_env(f"{name}[{key!r}]", entry)
+        elif not np.isfinite(value).all():
+            raise ValueError(
+                f"The environment returned a non-finite {name} at environment step {self.num_timesteps}: "
+                f"{np.asarray(value).tolist()}. Nothing of this step was stored; model and replay buffer can still be saved."
+            )
+
+    def dump_logs(self) -> None:
+        """Write log data, with the spread of the policy: the standard deviation of its samples at the current state."""
+        if self._n_updates > 0 and self._last_obs is not None:
+            self.logger.record("train/action_std", self._action_std())
+        super().dump_logs()
+
+    @th.no_grad()
+    def _action_std(self, n_samples: int = 32) -> float:
+        """Standard deviation of samples at the last observation, averaged over action dimensions and environments."""
+        self.policy.set_training_mode(False)
+        devices = [self.device] if self.device.type == "cuda" else []
+        # Looking must not change the training that goes on
+        with th.random.fork_rng(devices=devices):
+            observation, _ = self.policy.obs_to_tensor(self._last_obs)  # type: ignore[arg-type]
+            features = self.actor.features(observation)
+            latents = self.actor.draw_latents(len(features), n=n_samples)
+            actions = self.actor.sample(features.repeat(n_samples, 1), *latents, self.actor.sampling_steps)
+        return actions.view(n_samples, len(features), -1).std(dim=0).mean().item()
+
+    @classmethod
+    def resume(
+        cls: type[SelfDiffusionAlgorithm],
+        path: str | os.PathLike[str],
+        env: GymEnv,
+        device: th.device | str = "auto",
+        **kwargs: Any,
+    ) -> SelfDiffusionAlgorithm:
+        """
+        Go on with a run from its checkpoint, see :func:`sb3_qsm.common.checkpoint.resume`:
+        ``model.learn(total_timesteps - model.num_timesteps, reset_num_timesteps=False)``.
+
+        :param path: A run's folder or the checkpoint itself
+        :param env: Environment like the one of the interrupted run, with ``VecNormalize`` around it if it had that
+        :param device: Device of the networks
+        :param kwargs: Further arguments of ``load``, such as ``tensorboard_log``
+        :return: The model, with its replay buffer, random number generators and counters
+        """
+        return resume(cls, path, env, device, **kwargs)
+
+    @classmethod
+    def load(
+        cls: type[SelfDiffusionAlgorithm],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfDiffusionAlgorithm:
+        """
+        Load the model from a zip-file, see :meth:`BaseAlgorithm.load`.
+
+        :param path: Path to the file (or a file-like) where to load the agent from
+        :param env: The new environment to run the loaded model on
+        :param device: Device on which the code should run
+        :param custom_objects: Dictionary of objects to replace upon loading
+        :param print_system_info: Whether to print system info of the saved model and of the current system
+        :param force_reset: Force call to ``reset()`` before training
+        :param kwargs: Extra arguments to change the model when loading
+        :return: New model instance with loaded parameters
+        :raises ValueError: if the file is no saved model, is damaged, or was saved by another algorithm
+        """
+        cls._check_saved_file(path)
+        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+    def save_safe(self, path: str | os.PathLike[str] | io.BufferedIOBase) -> None:
+        """
+        Write the model to a file that can be opened without trust, see :func:`sb3_qsm.common.safe.save_safe`.
+
+        :param path: File to write (``.safetensors`` is added to a name without suffix) or a binary stream
+        :raises ValueError: if something of the model cannot be expressed, such as a function as schedule; nothing is written
+        """
+        save_safe(self, path)
+
+    @classmethod
+    def load_safe(
+        cls: type[SelfDiffusionAlgorithm],
+        path: str | os.PathLike[str] | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        **kwargs: Any,
+    ) -> SelfDiffusionAlgorithm:
+        """
+        Read a model that :meth:`save_safe` wrote, running no code of the file, see :func:`sb3_qsm.common.safe.load_safe`.
+
+        :param path: File or a binary stream
+        :param env: Environment to go on with; it is reset before training. None to predict only
+        :param device: Device of the networks
+        :param kwargs: Arguments of the constructor that replace those in the file, such as ``buffer_size``
+        :return: The model
+        :raises ValueError: if the file is no safe model, is damaged, says anything that is not allowed or does not fit ``env``
+        """
+        return load_safe(cls, path, env, device, **kwargs)
+
+    @classmethod
+    def _check_saved_file(cls, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+        """Refuse a file that is no model of this algorithm, before anything in it is unpickled."""
+        file = open_path(path, "r", verbose=0, suffix="zip")
+        start = file.tell()
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+                data = json.loads(archive.read("data"))
+        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is not a saved model, or it is truncated or damaged: {error}") from error
+        finally:
+            if file is path:
+                file.seek(start)
+            else:
+                file.close()
+        if damaged is not None:
+            raise ValueError(f"{path} is damaged: {damaged} in it does not match its checksum")
+        if not isinstance(data, dict) or cls.own_argument not in data:
+            policy = data.get("policy_class", {}) if isinstance(data, dict) else {}
+            saved_by = policy.get("__module__", "another algorithm") if isinstance(policy, dict) else "another algorithm"
+            raise ValueError(f"{path} was not saved by {cls.__name__} but by {saved_by}")
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "actor", "critic", "critic_target"]
