@@ -57,7 +57,9 @@ PRESETS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "qsm-paper": lambda timesteps, n_actions: QSM.paper_hyperparameters(timesteps),
     # FlowRL's QSM (arXiv 2603.27450), written out so that it stays what it is when the defaults move
     "qsm-flowrl": lambda timesteps, n_actions: {
+        "n_steps": 1,
         "score_target": "noised",
+        "prior_std": None,
         "diffusion_steps": 20,
         "noise_schedule": "cosine",
         "sampler": "ddpm_x0",

@@ -30,13 +30,15 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
+from sb3_qsm.common.buffers import DictNStepReplayBuffer
+
 CHECKPOINT_NAME = "checkpoint.zip"
 FORMAT = 1
 
 AlgorithmT = TypeVar("AlgorithmT", bound=OffPolicyAlgorithm)
 
 # Buffers of which nothing beyond the rows already written matters; others are stored whole
-_ROWWISE_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer, HerReplayBuffer)
+_ROWWISE_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer, DictNStepReplayBuffer, HerReplayBuffer)
 # What SB3's callbacks remember between calls (their settings, in contrast, are the new run's)
 _CALLBACK_STATE = (
     "n_calls",

@@ -49,6 +49,8 @@ from stable_baselines3.her.goal_selection_strategy import GoalSelectionStrategy
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
+from sb3_qsm.common.buffers import DictNStepReplayBuffer
+
 FORMAT = 1
 SUFFIX = "safetensors"
 
@@ -61,7 +63,7 @@ CLASSES: dict[str, type] = {
         *(FlattenExtractor, NatureCNN, CombinedExtractor),
         *(th.optim.Adadelta, th.optim.Adagrad, th.optim.Adam, th.optim.Adamax, th.optim.AdamW, th.optim.NAdam),
         *(th.optim.RAdam, th.optim.RMSprop, th.optim.SGD),
-        *(ReplayBuffer, DictReplayBuffer, NStepReplayBuffer, HerReplayBuffer),
+        *(ReplayBuffer, DictReplayBuffer, NStepReplayBuffer, DictNStepReplayBuffer, HerReplayBuffer),
     )
 }
 _NOISE = {"mean": ("_mu", np.ndarray), "sigma": ("_sigma", np.ndarray), "dtype": ("_dtype", np.dtype)}

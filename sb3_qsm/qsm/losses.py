@@ -20,6 +20,7 @@ from sb3_qsm.qsm.targets import (
     SCORE_TARGETS,
     DiffusedActions,
     clip_gradient,
+    prior_eps_target,
     running_gradient_norm,
 )
 
@@ -33,13 +34,23 @@ class ActorLoss(nn.Module):
     :param critics: Critics whose action gradient is followed; several are combined as if they were one with more heads
     :param score_target: One of :data:`SCORE_TARGETS`, which gives q and w_t
     :param critic_reduction: One of :data:`CRITIC_REDUCTIONS`
+    :param prior_std: Standard deviation of the Gaussian prior over actions, None for none; not used with the paper's target,
+        which is no score
     """
 
-    def __init__(self, actor: DiffusionActor, critics: Sequence[QCritic], score_target: str, critic_reduction: str) -> None:
+    def __init__(
+        self,
+        actor: DiffusionActor,
+        critics: Sequence[QCritic],
+        score_target: str,
+        critic_reduction: str,
+        prior_std: float | None = None,
+    ) -> None:
         super().__init__()
         self.actor, self.critics = actor, nn.ModuleList(critics)
         self.score_target = SCORE_TARGETS[score_target]
         self.reduce = CRITIC_REDUCTIONS[critic_reduction]
+        self.prior_std = None if score_target == "paper" else prior_std
 
     def q_gradient(self, features: Sequence[th.Tensor], actions: th.Tensor) -> th.Tensor:
         """
@@ -86,7 +97,10 @@ class ActorLoss(nn.Module):
         q_grad_norm = running_gradient_norm(q_grad_norm, q_gradient)
         scale = 1.0 / (temperature * q_grad_norm) if q_grad_coef is None else q_grad_coef
         clipped = q_gradient if q_grad_clip is None else clip_gradient(q_gradient, q_grad_clip * q_grad_norm)
-        eps_target = -weight * scale * clipped
+        if self.prior_std is None:
+            eps_target = -weight * scale * clipped
+        else:
+            eps_target = prior_eps_target(noisy_actions, scale * clipped, signal, sigma, self.prior_std)
 
         loss = noise_prediction_loss(eps, eps_target)
         return loss, {

@@ -4,6 +4,7 @@ import math
 from typing import Any, ClassVar, TypeVar
 
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
@@ -19,6 +20,7 @@ from stable_baselines3.common.utils import (
 )
 from torch import nn
 
+from sb3_qsm.common.buffers import DictNStepReplayBuffer
 from sb3_qsm.common.losses import CriticLoss, Metrics, Transitions, UpdateNoise
 from sb3_qsm.common.off_policy import DiffusionOffPolicyAlgorithm
 from sb3_qsm.common.performance import check_compiler, check_precision
@@ -91,7 +93,8 @@ class QSM(DiffusionOffPolicyAlgorithm):
     :param replay_buffer_class: Replay buffer class to use (for instance ``HerReplayBuffer``)
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation
     :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer at a cost of more complexity
-    :param n_steps: Steps of the n-step return when no replay buffer class is given
+    :param n_steps: Steps of the n-step return. By default 3 with the replay buffers made here, 1 with another
+        ``replay_buffer_class`` (which takes it in ``replay_buffer_kwargs``, if at all) and with ``optimize_memory_usage``
     :param actor_learning_rate: Learning rate of the actor, a number or a schedule; by default ``learning_rate``
     :param diffusion_steps: Number of diffusion steps T
     :param noise_schedule: ``"cosine"``, ``"vp"`` or ``"linear"``
@@ -103,6 +106,9 @@ class QSM(DiffusionOffPolicyAlgorithm):
         at the noised action without sigma_t
     :param temperature: Temperature lambda of the Boltzmann policy, on the scale where the mean absolute component of the
         critic's action gradient is one
+    :param prior_std: Standard deviation of a Gaussian prior over the scaled actions, p(a|s) ~ N(0, prior_std^2) exp(Q/lambda):
+        what the policy does where the critic is indifferent. 0.58 is that of uniformly random actions. ``None`` for no prior;
+        not used with ``score_target="paper"``
     :param q_grad_coef: Fixed factor on the critic's gradient (the paper's M_q) in place of the scale-free ``temperature``
     :param q_grad_clip: Largest mean absolute component of a state's action gradient, in units of its running mean; larger
         gradients are scaled down. ``None`` for no limit; not used with ``q_grad_coef``
@@ -156,18 +162,19 @@ class QSM(DiffusionOffPolicyAlgorithm):
         replay_buffer_class: type[ReplayBuffer] | None = None,
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
-        n_steps: int = 1,
+        n_steps: int | None = None,
         actor_learning_rate: float | Schedule | None = None,
         diffusion_steps: int = 10,
         noise_schedule: str = "cosine",
         sampler: str = "ddpm_x0",
         sampling_temperature: float = 1.0,
         score_target: str = "denoised",
-        temperature: float = 0.2,
+        temperature: float = 0.1,
+        prior_std: float | None = 0.6,
         q_grad_coef: float | None = None,
         q_grad_clip: float | None = 1.0,
         target_policy_noise: float = 0.0,
-        gradient_critic: str = "both",
+        gradient_critic: str = "online",
         critic_reduction: str = "mean",
         policy_delay: int = 1,
         target_update_interval: int = 1,
@@ -220,6 +227,7 @@ class QSM(DiffusionOffPolicyAlgorithm):
         )
         self.score_target = score_target
         self.temperature = temperature
+        self.prior_std = prior_std
         self.q_grad_coef = q_grad_coef
         self.q_grad_clip = q_grad_clip
         self.gradient_critic = gradient_critic
@@ -254,7 +262,9 @@ class QSM(DiffusionOffPolicyAlgorithm):
             "noise_schedule": "vp",
             "sampler": "ddpm",
             "sampling_temperature": 1.0,
+            "n_steps": 1,
             "score_target": "paper",
+            "prior_std": None,
             "q_grad_coef": 50.0,
             "target_policy_noise": 0.1,
             "gradient_critic": "online",
@@ -278,28 +288,40 @@ class QSM(DiffusionOffPolicyAlgorithm):
         check_precision(self.device, self.precision)
         if self.compile:
             check_compiler(self.device)
-        for name in ("best_of_n", "policy_delay", "target_update_interval", "n_steps"):
+        for name in ("best_of_n", "policy_delay", "target_update_interval"):
             self._check_integer(name, 1)
+        if self.n_steps is not None:
+            self._check_integer("n_steps", 1)
         check_sampling_steps(self.sampling_steps, self.diffusion_steps)
         self._check_number("temperature", 0.0, strict=True)
-        for name in ("q_grad_coef", "q_grad_clip"):
+        for name in ("prior_std", "q_grad_coef", "q_grad_clip"):
             if getattr(self, name) is not None:
                 self._check_number(name, 0.0, strict=True)
 
     def _diffusion_kwargs(self) -> dict[str, Any]:
         return {**super()._diffusion_kwargs(), "best_of_n": self.best_of_n, "sampling_steps": self.sampling_steps}
 
+    def _resolve_n_steps(self) -> int:
+        """``n_steps``, or its default where there is none."""
+        if self.n_steps is not None:
+            return self.n_steps
+        return 3 if self.replay_buffer_class is None and not self.optimize_memory_usage else 1
+
     def _setup_model(self) -> None:
         self._check_hyperparameters()
-        n_step = {"n_steps": self.n_steps, "gamma": self.gamma}
-        if (
-            self.n_steps > 1
-            and self.replay_buffer_class is NStepReplayBuffer
-            and n_step.items() <= self.replay_buffer_kwargs.items()
-        ):
-            # SB3's own choice, stored with the model: at loading it would warn that the user's class ignores `n_steps`
-            self.replay_buffer_class = None
-        super()._setup_model()
+        given = self.n_steps, self.replay_buffer_class, self.replay_buffer_kwargs
+        n_steps = self._resolve_n_steps()
+        if n_steps > 1 and self.replay_buffer_class is None:
+            is_dict = isinstance(self.observation_space, spaces.Dict)
+            self.replay_buffer_class = DictNStepReplayBuffer if is_dict else NStepReplayBuffer
+            self.replay_buffer_kwargs = {**self.replay_buffer_kwargs, "n_steps": n_steps, "gamma": self.gamma}
+            n_steps = 1  # nothing is left to SB3, which warns that it ignores it
+        self.n_steps = n_steps
+        try:
+            super()._setup_model()
+        finally:
+            # The user's arguments are stored as they were given
+            self.n_steps, self.replay_buffer_class, self.replay_buffer_kwargs = given
         # Running statistics of the features extractors follow the critics at once, see SB3 issue #996
         self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
@@ -315,7 +337,7 @@ class QSM(DiffusionOffPolicyAlgorithm):
             CriticLoss(self.actor, self.critic, self.critic_target), self.critic.optimizer, self.compile, self.precision
         )
         self._actor_gradients = Gradients(
-            ActorLoss(self.actor, self._gradient_critics(), self.score_target, self.critic_reduction),
+            ActorLoss(self.actor, self._gradient_critics(), self.score_target, self.critic_reduction, self.prior_std),
             self.actor.optimizer,
             self.compile,
             self.precision,
@@ -338,6 +360,8 @@ class QSM(DiffusionOffPolicyAlgorithm):
         """
         self.policy.set_training_mode(True)
         self._update_learning_rates()
+        if isinstance(self.replay_buffer, NStepReplayBuffer):
+            self.replay_buffer.gamma = self.gamma
         metrics: list[Metrics] = []
 
         for _ in range(gradient_steps):

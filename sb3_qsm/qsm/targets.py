@@ -4,7 +4,8 @@ Score targets: what the noise prediction is regressed onto.
 With the Boltzmann policy :math:`p(a|s) \propto \exp(Q(s,a)/\lambda)`, the exact noise prediction is
 :math:`\epsilon^* = -\sigma_t \nabla \log p_t(a_t)`. Every target has the form
 :math:`\epsilon^* = -w_t \, c \, \nabla_a Q(s, q)` with a query action q, a weight w_t and a scale c. A target is a function
-from the batch to (q, w_t) and a line in :data:`SCORE_TARGETS`.
+from the batch to (q, w_t) and a line in :data:`SCORE_TARGETS`. With a prior over actions, the weight gives way to
+:func:`prior_eps_target`.
 """
 
 from collections.abc import Callable
@@ -54,6 +55,31 @@ def clean(batch: DiffusedActions) -> tuple[th.Tensor, th.Tensor]:
 def denoised(batch: DiffusedActions) -> tuple[th.Tensor, th.Tensor]:
     """Gradient at the clipped estimate of the clean action, which lies among the actions the critic was trained on."""
     return predict_clean_sample(batch.noisy_actions, batch.eps, batch.signal, batch.sigma), batch.sigma
+
+
+def prior_eps_target(
+    noisy_actions: th.Tensor, score: th.Tensor, signal: th.Tensor, sigma: th.Tensor, prior_std: float
+) -> th.Tensor:
+    r"""
+    Noise prediction of the Boltzmann policy with a Gaussian prior, :math:`p(a|s) \propto N(a; 0, s^2 I) \exp(Q(s,a)/\lambda)`:
+
+    .. math:: \epsilon^* = \frac{\sigma_t}{\bar\alpha_t s^2 + \sigma_t^2}
+        \left(a_t - \sqrt{\bar\alpha_t} s^2 \, \nabla_a Q(s, q) / \lambda\right)
+
+    It is the convex combination of the target score identity (arXiv 2402.08667, equation 8) and Tweedie's formula in which
+    the clean action cancels: exact in expectation when q is drawn from :math:`p(a_0|a_t)`, and exact for a quadratic Q at the
+    mean of that distribution. Without the prior a flat Q would mean a flat density over all of space, which the clipping of
+    the sampler turns into actions at the bounds; with it the chain starts from where the forward process ends.
+
+    :param noisy_actions: Noised actions a_t, shape ``(batch, action_dim)``
+    :param score: Gradient of Q over lambda at the query action, same shape
+    :param signal: Square root of alpha_bar_t, broadcastable to the actions
+    :param sigma: Noise level sigma_t, broadcastable to the actions
+    :param prior_std: Standard deviation s of the prior
+    :return: The target, shape ``(batch, action_dim)``
+    """
+    variance = prior_std**2
+    return sigma / (signal.square() * variance + sigma.square()) * (noisy_actions - signal * variance * score)
 
 
 #: Known score targets

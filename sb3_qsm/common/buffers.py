@@ -1,0 +1,46 @@
+"""Replay buffers that Stable-Baselines3 lacks."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
+from stable_baselines3.common.type_aliases import DictReplayBufferSamples
+from stable_baselines3.common.vec_env import VecNormalize
+
+
+class _Rows(dict[str, np.ndarray[Any, Any]]):
+    """Arrays of one length that are indexed together."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return {key: value[index] for key, value in self.items()}
+
+
+class DictNStepReplayBuffer(NStepReplayBuffer, DictReplayBuffer):
+    """
+    SB3's n-step returns for dictionaries of observations. Samples are those of ``NStepReplayBuffer`` for every key.
+
+    :param args: Arguments of ``DictReplayBuffer``
+    :param n_steps: Number of steps to accumulate rewards for n-step returns
+    :param gamma: Discount factor
+    :param kwargs: Arguments of ``DictReplayBuffer``
+    """
+
+    def _get_samples(  # type: ignore[override]
+        self, batch_inds: np.ndarray[Any, Any], env: VecNormalize | None = None
+    ) -> DictReplayBufferSamples:
+        rows = copy.copy(self)
+        rows.observations, rows.next_observations = _Rows(self.observations), _Rows(self.next_observations)
+        return DictReplayBufferSamples(*NStepReplayBuffer._get_samples(rows, batch_inds, env))  # type: ignore[arg-type]
+
+    def to_torch(self, array: Any, copy: bool = True) -> Any:
+        """
+        :param array: Array, or a dictionary of arrays
+        :param copy: Whether to copy the data
+        :return: Tensor, or a dictionary of tensors
+        """
+        if isinstance(array, dict):
+            return {key: self.to_torch(value, copy) for key, value in array.items()}
+        tensor: th.Tensor = super().to_torch(array, copy)
+        return tensor
