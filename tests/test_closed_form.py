@@ -13,7 +13,13 @@ from sb3_qsm.common.losses import UpdateNoise, action_gradient
 from sb3_qsm.common.policies import DiffusionActor
 from sb3_qsm.diffusion import SAMPLERS, NoiseSchedule, ScoreNetwork, predict_clean_sample
 from sb3_qsm.qsm.losses import ActorLoss
-from sb3_qsm.qsm.targets import SCORE_TARGETS, DiffusedActions, clip_gradient, running_gradient_norm
+from sb3_qsm.qsm.targets import (
+    SCORE_TARGETS,
+    DiffusedActions,
+    clip_gradient,
+    prior_eps_target,
+    running_gradient_norm,
+)
 
 Array = npt.NDArray[np.float64]
 TEMPERATURE = 0.05
@@ -110,6 +116,39 @@ def test_clean_target_is_the_score_in_expectation(t: int) -> None:
     assert np.all(np.abs(samples.mean(0) - exact_eps(noisy[None], schedule, t)[0]) < 5 * standard_error + 1e-3)
 
 
+def product_with_prior(prior_std: float) -> tuple[Array, Array]:
+    """Mean and covariance of the Gaussian policy times the prior N(0, prior_std^2), by adding precisions."""
+    covariance = np.linalg.inv(np.linalg.inv(COVARIANCE) + np.eye(2) / prior_std**2)
+    return covariance @ np.linalg.solve(COVARIANCE, MEAN), covariance
+
+
+@pytest.mark.parametrize("prior_std", [0.2, 0.6, 3.0])
+@pytest.mark.parametrize("t", [0, 4, 9])
+def test_target_with_prior_is_the_score(t: int, prior_std: float) -> None:
+    """
+    Exact at the mean of p(a_0 | a_t) for a quadratic Q, and in expectation over p(a_0 | a_t); noise prediction and posterior
+    are computed here by Gaussian conditioning.
+    """
+    schedule, rng = NoiseSchedule("cosine", 10), np.random.default_rng(t)
+    signal, sigma = schedule.signal_rates[t], schedule.noise_rates[t]
+    mean, covariance = product_with_prior(prior_std)
+    noisy = np.array([0.4, 0.1])
+    exact = sigma * np.linalg.solve(signal**2 * covariance + sigma**2 * np.eye(2), noisy - signal * mean)
+    posterior_covariance = np.linalg.inv(np.linalg.inv(covariance) + signal**2 / sigma**2 * np.eye(2))
+    posterior_mean = posterior_covariance @ (np.linalg.solve(covariance, mean) + signal / sigma**2 * noisy)
+
+    def target(query: Array) -> Array:
+        score = q_gradient(QuadraticCritic(), query) / TEMPERATURE
+        rates = th.tensor(signal), th.tensor(sigma)
+        noisy_actions = th.as_tensor(noisy, dtype=th.float32).expand(len(query), 2)
+        return prior_eps_target(noisy_actions, score, *rates, prior_std).numpy().astype(np.float64)
+
+    np.testing.assert_allclose(target(posterior_mean[None])[0], exact, rtol=1e-3, atol=1e-4)
+    samples = target(rng.multivariate_normal(posterior_mean, posterior_covariance, 100_000))
+    standard_error = samples.std(0) / np.sqrt(len(samples))
+    assert np.all(np.abs(samples.mean(0) - exact) < 5 * standard_error + 1e-3)
+
+
 def test_noised_target_is_the_score_where_there_is_little_noise() -> None:
     """The noised target takes a_t for a_0: exact as sigma_t -> 0, wrong at the end of the chain."""
     schedule, rng = NoiseSchedule("cosine", 1000), np.random.default_rng(0)
@@ -137,7 +176,13 @@ def test_paper_target_has_no_sigma() -> None:
         np.testing.assert_allclose(target_eps("paper", schedule, t, noisy, noisy), expected, rtol=1e-4)
 
 
-def train_actor(critic: th.nn.Module, target: str, draw: Callable[[int], Array], sign: float = 1.0) -> DiffusionActor:
+def train_actor(
+    critic: th.nn.Module,
+    target: str,
+    draw: Callable[[int], Array],
+    sign: float = 1.0,
+    prior_std: float | None = None,
+) -> DiffusionActor:
     """Train a diffusion actor for one state on replayed actions, with the fixed scale 1 / lambda."""
     th.manual_seed(0)
     dim = draw(1).shape[1]
@@ -152,7 +197,7 @@ def train_actor(critic: th.nn.Module, target: str, draw: Callable[[int], Array],
         noise_schedule="vp",
         sampler="ddpm",
     )
-    loss_module = ActorLoss(actor, [critic], target, "mean")
+    loss_module = ActorLoss(actor, [critic], target, "mean", prior_std)
     optimizer = th.optim.Adam(actor.parameters(), lr=2e-3, fused=True)
     # The clean target is noisy where little of the signal is left: average the parameters, as is usual for diffusion models
     averaged = th.optim.swa_utils.AveragedModel(actor.score_network)
@@ -186,6 +231,38 @@ def test_trained_actor_samples_the_gaussian() -> None:
     samples = samples_of(actor)
     np.testing.assert_allclose(samples.mean(0), MEAN, atol=0.06)
     np.testing.assert_allclose(np.cov(samples.T), COVARIANCE, atol=0.3 * COVARIANCE.max())
+
+
+def test_trained_actor_with_prior_samples_the_product() -> None:
+    """The default target, at the actor's own estimate, on uniformly random replayed actions."""
+    rng = np.random.default_rng(0)
+    actor = train_actor(QuadraticCritic(), "denoised", lambda n: rng.uniform(-1, 1, (n, 2)), prior_std=0.3)
+    mean, covariance = product_with_prior(0.3)
+    samples = samples_of(actor)
+    np.testing.assert_allclose(samples.mean(0), mean, atol=0.03)
+    np.testing.assert_allclose(np.cov(samples.T), covariance, atol=0.2 * covariance.max())
+    assert np.abs(mean - MEAN).max() > 0.05  # the prior shows
+
+
+@pytest.mark.parametrize("prior_std", [None, 0.4])
+def test_where_the_critic_is_indifferent(prior_std: float | None) -> None:
+    """Without a prior a flat Q is sampled far out and clipped to the bounds, with one as the prior."""
+
+    class Flat(th.nn.Module):
+        def q_values(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+            return (0.0 * actions).sum(-1).unsqueeze(0)
+
+    rng = np.random.default_rng(0)
+    actor = train_actor(Flat(), "denoised", lambda n: rng.uniform(-1, 1, (n, 1)), prior_std=prior_std)
+    samples = samples_of(actor)
+    at_the_bounds = (np.abs(samples) > 0.99).mean()
+    if prior_std is None:
+        assert at_the_bounds > 0.15
+        assert samples.std() > 0.6
+    else:
+        assert at_the_bounds < 0.01
+        assert abs(samples.mean()) < 0.05
+        assert abs(samples.std() - prior_std) < 0.05
 
 
 def draw_two_modes(rng: np.random.Generator) -> Callable[[int], Array]:

@@ -43,7 +43,7 @@ def small(**kwargs):
 
 VARIANTS = {
     "defaults": {},
-    "n_steps": {"n_steps": 3},
+    "n_steps": {"n_steps": 1},
     "normalized": {},
     "two_envs": {"gradient_steps": -1},
     "two_processes": {"gradient_steps": 2},

@@ -10,6 +10,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import SAC, HerReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import (
     CallbackList,
     CheckpointCallback,
@@ -29,6 +30,7 @@ from torch import nn
 
 import sb3_qsm.qsm
 from sb3_qsm import QSM
+from sb3_qsm.common.buffers import DictNStepReplayBuffer
 from sb3_qsm.common.policies import DiffusionPolicy
 from sb3_qsm.diffusion import NOISE_SCHEDULES, SAMPLERS
 from sb3_qsm.qsm.targets import CRITIC_REDUCTIONS, SCORE_TARGETS
@@ -638,6 +640,86 @@ def test_dict_is_flat_bit_for_bit():
     obs = BOX.sample()
     action, _ = dict_model.predict({"vec": obs}, deterministic=True)
     assert np.array_equal(action, flat_model.predict(obs, deterministic=True)[0])
+
+
+# n-step returns
+
+
+DICT_ENV = DummyEnv(spaces.Dict({"vec": BOX, "other": BOX}), BOX)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "buffer_class", "n_steps"),
+    [
+        ({}, NStepReplayBuffer, 3),
+        ({"n_steps": 5}, NStepReplayBuffer, 5),
+        ({"n_steps": 1}, ReplayBuffer, None),
+        ({"env": DICT_ENV, "policy": "MultiInputPolicy"}, DictNStepReplayBuffer, 3),
+        ({"env": DICT_ENV, "policy": "MultiInputPolicy", "n_steps": 1}, DictReplayBuffer, None),
+        ({"replay_buffer_class": ReplayBuffer}, ReplayBuffer, None),
+        (
+            {"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}},
+            ReplayBuffer,
+            None,
+        ),
+    ],
+)
+def test_n_steps(kwargs, buffer_class, n_steps):
+    model = make_model(**kwargs)
+    assert type(model.replay_buffer) is buffer_class
+    assert getattr(model.replay_buffer, "n_steps", None) == n_steps
+    # Stored as given
+    assert model.n_steps == kwargs.get("n_steps")
+    assert model.replay_buffer_class == kwargs.get("replay_buffer_class")
+    assert model.replay_buffer_kwargs == kwargs.get("replay_buffer_kwargs", {})
+    model.learn(20)
+
+
+def test_n_steps_can_be_changed_at_loading(tmp_path):
+    make_model().save(tmp_path / "model")
+    for n_steps, buffer_class in ((None, NStepReplayBuffer), (1, ReplayBuffer), (2, NStepReplayBuffer)):
+        model = QSM.load(tmp_path / "model", n_steps=n_steps)
+        assert type(model.replay_buffer) is buffer_class
+        assert getattr(model.replay_buffer, "n_steps", 1) == (3 if n_steps is None else n_steps)
+
+
+def test_gamma_of_n_step_returns_follows_the_models():
+    model = make_filled_model(10)
+    model.gamma = 0.5
+    model.train(gradient_steps=1, batch_size=8)
+    discounts = model.replay_buffer.sample(100).discounts
+    assert set(discounts.flatten().tolist()) <= {0.5, 0.25, 0.125}
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_n_step_returns_of_dictionaries(normalized):
+    """The same transitions, with terminations and time-outs, in SB3's flat buffer and split over two keys."""
+    rng = np.random.default_rng(0)
+    space = spaces.Dict({"a": spaces.Box(-9, 9, (2,)), "b": spaces.Box(-9, 9, (1,))})
+    flat = NStepReplayBuffer(50, spaces.Box(-9, 9, (3,)), BOX, n_envs=2, n_steps=3, gamma=0.9)
+    split = DictNStepReplayBuffer(50, space, BOX, n_envs=2, n_steps=3, gamma=0.9)
+    for _ in range(70):
+        obs, next_obs = rng.normal(size=(2, 2, 3)).astype(np.float32)
+        rest = rng.normal(size=(2, 3)), rng.normal(size=2), rng.random(2) < 0.2
+        infos = [{"TimeLimit.truncated": bool(rng.random() < 0.5)} for _ in range(2)]
+        flat.add(obs, next_obs, *rest, infos)
+        split.add(*({"a": o[:, :2], "b": o[:, 2:]} for o in (obs, next_obs)), *rest, infos)
+    env = None
+    if normalized:
+        env = VecNormalize(DummyVecEnv([lambda: DummyEnv(space, BOX)]), norm_reward=False)
+        env.obs_rms["a"].mean[:] = 0.5
+    np.random.seed(0)
+    expected = flat.sample(200)
+    np.random.seed(0)
+    samples = split.sample(200, env)
+    for name in ("observations", "next_observations"):
+        values = getattr(expected, name)
+        a = (values[:, :2] - 0.5) / np.sqrt(1 + 1e-8) if normalized else values[:, :2]
+        th.testing.assert_close(getattr(samples, name)["a"], a.float())
+        th.testing.assert_close(getattr(samples, name)["b"], values[:, 2:])
+    for name in ("actions", "dones", "rewards", "discounts"):
+        assert th.equal(getattr(samples, name), getattr(expected, name)), name
+    assert len(set(samples.discounts.flatten().tolist())) == 3
 
 
 # Spaces and wrappers

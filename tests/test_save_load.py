@@ -113,7 +113,7 @@ def test_get_and_set_parameters():
     [
         {},
         {"actor_learning_rate": lambda progress: 1e-3 * (1.0 + progress), "policy_delay": 2},
-        {"n_steps": 3},
+        {"n_steps": 1},
         {"policy_kwargs": {"optimizer_class": th.optim.AdamW, "layer_norm": True}, "gradient_critic": "online"},
     ],
     ids=["defaults", "schedule", "n_steps", "policy"],
@@ -220,7 +220,7 @@ def her_model() -> QSM:
     "make",
     [
         make_model,
-        lambda: make_model(n_steps=3),
+        lambda: make_model(n_steps=1),
         lambda: make_model(actor_learning_rate=lambda progress: 1e-3 * progress),
         her_model,
     ],
