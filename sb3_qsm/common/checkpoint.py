@@ -31,6 +31,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_qsm.common.buffers import DictNStepReplayBuffer
+from sb3_qsm.common.files import replacing
 
 CHECKPOINT_NAME = "checkpoint.zip"
 FORMAT = 1
@@ -108,9 +109,9 @@ def save_checkpoint(
     :param path: Folder that gets ``checkpoint.zip``; it is created if needed
     :param callback: Callback of the training, whose counters are stored too
     :return: What :func:`read_info` will give
+    :raises OSError: if it cannot be written, for instance because the disk is full
     """
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     assert model.env is not None, "Only a model with an environment can be continued"
     vec_normalize = model.get_vec_normalize_env()
     info = {
@@ -131,25 +132,13 @@ def save_checkpoint(
     model_bytes = io.BytesIO()
     model.save(model_bytes)
 
-    temporary = folder / f".{CHECKPOINT_NAME}.tmp"
-    with open(temporary, "wb") as file:
-        # Not compressed: the buffer is noise to a compressor and much larger than the rest
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            archive.writestr("info.json", json.dumps(info))
-            archive.writestr("model.zip", model_bytes.getbuffer())
-            archive.writestr("state.pkl", pickle.dumps(state))
-            with archive.open("replay_buffer.pkl", "w", force_zip64=True) as member:
-                pickle.dump(_buffer_state(model.replay_buffer), member, protocol=5)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / CHECKPOINT_NAME)
-    # The rename itself lives in the folder
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    # Not compressed: the buffer is noise to a compressor and much larger than the rest
+    with replacing(folder / CHECKPOINT_NAME) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("info.json", json.dumps(info))
+        archive.writestr("model.zip", model_bytes.getbuffer())
+        archive.writestr("state.pkl", pickle.dumps(state))
+        with archive.open("replay_buffer.pkl", "w", force_zip64=True) as member:
+            pickle.dump(_buffer_state(model.replay_buffer), member, protocol=5)
     return info
 
 

@@ -28,6 +28,7 @@ from stable_baselines3.common.type_aliases import (
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
 from sb3_qsm.common.checkpoint import resume
+from sb3_qsm.common.files import own_errors, replacing
 from sb3_qsm.common.losses import Metrics, UpdateNoise
 from sb3_qsm.common.policies import DiffusionActor, DiffusionPolicy, QCritic
 from sb3_qsm.common.safe import load_safe, save_safe
@@ -298,6 +299,29 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         :return: The model, with its replay buffer, random number generators and counters
         """
         return resume(cls, path, env, device, **kwargs)
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save the model to a zip-file, see :meth:`BaseAlgorithm.save`. A file that is there is replaced when the new one is
+        whole: a full disk or an interrupt leaves the old one.
+
+        :param path: Path to the file (``.zip`` is added to a name without suffix) or a file-like object
+        :param exclude: Names of attributes that should not be saved, besides the usual ones
+        :param include: Names of attributes that should be saved although they usually are not
+        :raises OSError: if it cannot be written, for instance because the disk is full
+        """
+        target = path if isinstance(path, io.BufferedIOBase) else pathlib.Path(path)
+        if not isinstance(target, pathlib.Path) or target.is_dir():
+            with own_errors():
+                super().save(path, exclude, include)
+            return
+        with replacing(target if target.suffix else target.with_name(f"{target.name}.zip")) as file, own_errors():
+            super().save(file, exclude, include)
 
     @classmethod
     def load(

@@ -50,6 +50,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
 from sb3_qsm.common.buffers import DictNStepReplayBuffer
+from sb3_qsm.common.files import replacing
 
 FORMAT = 1
 SUFFIX = "safetensors"
@@ -191,13 +192,8 @@ def save_safe(model: OffPolicyAlgorithm, path: SafePath) -> None:
         return
     target = Path(path)
     target = target if target.suffix else target.with_suffix(f".{SUFFIX}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(target) as file:
+        file.write(content)
 
 
 def load_safe(
