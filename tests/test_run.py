@@ -796,7 +796,7 @@ def test_her_with_multi_input_policy(n_envs):
 def test_vec_normalize(monkeypatch):
     env = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]), clip_obs=2.0, clip_reward=1.5)
     eval_env = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]), training=False, norm_reward=False)
-    model = make_model(env)
+    model = make_model(env, n_steps=1)
     assert model.get_vec_normalize_env() is env
     model.set_env(eval_env)
     assert model.get_vec_normalize_env() is eval_env

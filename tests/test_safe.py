@@ -440,7 +440,7 @@ HOSTILE = {
     "train_freq": (put("arguments.train_freq", {"@tuple": [1, "os"]}), "holds no model of QSM"),
     "buffer arguments": (
         put("arguments.replay_buffer_kwargs", {"device": "cpu"}),
-        "does not fit: stable_baselines3.common.buffers.ReplayBuffer",
+        "does not fit: stable_baselines3.common.buffers.NStepReplayBuffer",
     ),
     "statistics": (put("vec_normalize", 1), "config.vec_normalize must be of type"),
 }

@@ -50,6 +50,7 @@ def sample_qsm_params(trial: optuna.Trial, n_actions: int, n_envs: int, addition
         "noise_schedule": trial.suggest_categorical("noise_schedule", sorted(NOISE_SCHEDULES)),
         "sampler": trial.suggest_categorical("sampler", sorted(SAMPLERS)),
         "score_target": trial.suggest_categorical("score_target", sorted(SCORE_TARGETS)),
+        "prior_std": trial.suggest_float("prior_std", 0.3, 3.0, log=True),
         "learning_rate": trial.suggest_float("learning_rate", 1e-5, 2e-3, log=True),
         "tau": trial.suggest_float("tau", 0.001, 0.08, log=True),
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.0001, 0.03, log=True),

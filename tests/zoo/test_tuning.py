@@ -85,7 +85,16 @@ def test_space_covers_what_matters():
     }.items():
         assert {params[name] for params in seen} == values
     assert {params["q_grad_coef"] is None for params in seen} == {True, False}
-    for name in ("temperature", "learning_rate", "tau", "gamma", "batch_size", "diffusion_steps", "exploration_noise"):
+    for name in (
+        "temperature",
+        "prior_std",
+        "learning_rate",
+        "tau",
+        "gamma",
+        "batch_size",
+        "diffusion_steps",
+        "exploration_noise",
+    ):
         assert len({params[name] for params in seen}) > 5, name
     assert len({tuple(params["policy_kwargs"]["net_arch"]) for params in seen}) == 4
 
@@ -110,7 +119,8 @@ def test_study_report_and_training_of_the_best_trial(cli, tmp_path, monkeypatch)
         model = QSM.load(run / "Pendulum-v1.zip")
         expected = convert_qsm_params(study.trials[number].params)
         assert model.policy_kwargs["net_arch"] == expected["policy_kwargs"]["net_arch"]
-        for name in ("gamma", "tau", "diffusion_steps", "noise_schedule", "score_target", "q_grad_coef", "exploration_noise"):
+        names = ("gamma", "tau", "diffusion_steps", "noise_schedule", "score_target", "prior_std", "q_grad_coef")
+        for name in names:
             assert getattr(model, name) == expected[name], name
 
 
