@@ -362,7 +362,8 @@ def _buffer_state(buffer: ReplayBuffer | None) -> dict[str, Any]:
     assert buffer is not None
     getstate = getattr(buffer, "__getstate__", None)
     state: dict[str, Any] = dict(getstate() if getstate is not None else vars(buffer))
-    if type(buffer) not in _ROWWISE_BUFFERS or buffer.full:
+    rowwise = type(buffer) in _ROWWISE_BUFFERS or getattr(buffer, "rowwise", False)
+    if not rowwise or buffer.full:
         return state
     # One row more: with optimize_memory_usage the last next observation is there
     rows = min(buffer.pos + 1, buffer.buffer_size)
@@ -400,6 +401,8 @@ def _restore_buffer(buffer: ReplayBuffer | None, state: dict[str, Any]) -> None:
     if isinstance(buffer, HerReplayBuffer):
         # Unfinished episodes are never sampled: leave them so, and let the next ones begin behind them
         buffer._current_ep_start[:] = buffer.pos
+    elif hasattr(buffer, "discard_unfinished"):
+        buffer.discard_unfinished()
     elif buffer.full or buffer.pos > 0:
         last = buffer.pos - 1
         if buffer.handle_timeout_termination:

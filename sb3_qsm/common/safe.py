@@ -109,6 +109,7 @@ _CONFIG = {
     "successes": list[float],
     "learning_rates": dict[str, list[float]],
     "vec_normalize": dict[str, Any] | None,
+    "state": dict[str, Any],
 }
 # Arguments of the constructor that are no part of the model, or have a place of their own. The log folder is the writer's
 _LEFT_OUT = ("self", "policy", "env", "tensorboard_log", "device", "_init_setup_model")
@@ -163,6 +164,7 @@ def save_safe(model: OffPolicyAlgorithm, path: SafePath) -> None:
     if not policies:
         raise ValueError(f"policy must be one of {', '.join(algorithm.policy_aliases)}, got {model.policy_class.__name__}")
     attributes = {"stats_window_size": "_stats_window_size"}
+    state_of = getattr(model, "_safe_state", None)
     config = {
         "algorithm": algorithm.__name__,
         "policy": policies[0],
@@ -176,6 +178,7 @@ def save_safe(model: OffPolicyAlgorithm, path: SafePath) -> None:
         "successes": [float(success) for success in model.ep_success_buffer or ()],
         "learning_rates": learning_rates,
         "vec_normalize": _vec_normalize_state(model.get_vec_normalize_env()),
+        "state": {} if state_of is None else state_of(),
     }
     encoded = {name: _encode(value, name, tensors) for name, value in config.items()}
     metadata = {"format": FORMAT, "sha256": _NO_CHECKSUM, "config": encoded}
@@ -234,6 +237,7 @@ def load_safe(
         model.observation_space, model.action_space = config["observation_space"], config["action_space"]
         for name, value in config["counters"].items():
             setattr(model, name, value)
+        _set_state(model, config)
         model._current_progress_remaining = config["progress_remaining"]
         model.ep_info_buffer = collections.deque(config["episodes"], maxlen=model._stats_window_size)
         model.ep_success_buffer = collections.deque(config["successes"], maxlen=model._stats_window_size)
@@ -348,7 +352,7 @@ def _lay_out(
     hints = typing.get_type_hints(algorithm.__init__, localns={"VecEnv": VecEnv})
     # What is missing is newer than the file, and takes its default
     _fields(config["arguments"], {name: hints[name] for name in _argument_names(algorithm)}, "", partial=True)
-    hints = {**typing.get_type_hints(policy_class.__init__), "use_sde": bool}
+    hints = {**_constructor_hints(policy_class), "use_sde": bool}
     _fields(config["arguments"].get("policy_kwargs") or {}, hints, "policy_kwargs", partial=True)
 
     # The sizes of networks can be anything before they are compared, so that the tensors are of the device without memory
@@ -361,6 +365,7 @@ def _lay_out(
     model.n_envs = 1
     # Laying out may draw a sample, and the generators of the spaces are part of the model
     model.observation_space, model.action_space = copy.deepcopy((config["observation_space"], config["action_space"]))
+    _set_state(model, config)
     with meta:
         model._setup_model()
 
@@ -386,6 +391,13 @@ def _lay_out(
         if name not in layout:
             raise ValueError(f"the tensor {reprlib.repr(name)} belongs to nothing")
     return typing.cast(OffPolicyAlgorithm, model)
+
+
+def _set_state(model: Any, config: dict[str, Any]) -> None:
+    """Give an algorithm that has more to remember than its arguments and its tensors what the file says of it."""
+    _fields(config["state"], getattr(model, "safe_state", {}), "state")
+    if config["state"]:
+        model._set_safe_state(**config["state"])
 
 
 def _optimizer_layout(name: str, optimizer: th.optim.Optimizer, tensors: Tensors) -> Tensors:
@@ -432,6 +444,18 @@ def _parameters(model: OffPolicyAlgorithm, config: dict[str, Any], tensors: Tens
             groups = zip(state["param_groups"], config["learning_rates"][name], strict=True)
             parameters[name] = {"state": slots, "param_groups": [{**group, "lr": rate} for group, rate in groups]}
     return parameters
+
+
+def _constructor_hints(cls: type) -> dict[str, Any]:
+    """Types of the arguments of a class, with those that it hands on to its bases."""
+    hints: dict[str, Any] = {}
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            hints = {**typing.get_type_hints(vars(base)["__init__"]), **hints}
+            parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+                break
+    return hints
 
 
 def _argument_names(algorithm: type[OffPolicyAlgorithm]) -> list[str]:

@@ -1,0 +1,111 @@
+"""Wrong arguments and environments end in a message that says what is wrong."""
+
+import re
+import sys
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+
+from sb3_qsm import DDiffPG
+from sb3_qsm.envs import NGoalPointEnv
+from tests.ddiffpg.models import make_model, make_picture_env, make_point, make_trained
+from tests.test_run import BOX, DummyEnv
+
+pytest.importorskip("dtaidistance")
+
+BAD_ARGUMENTS = [
+    ({"clustering_freq": 0}, "clustering_freq must be an integer >= 1, got 0"),
+    ({"cluster_threshold": 0.0}, "cluster_threshold must be a number > 0, got 0.0"),
+    ({"min_silhouette": 2.0}, "min_silhouette must be a number >= -1 and <= 1, got 2.0"),
+    ({"min_mode_size": 1.5}, "min_mode_size must be an integer >= 1, got 1.5"),
+    ({"target_action_steps": 0}, "target_action_steps must be an integer >= 1, got 0"),
+    ({"target_action_lr": 0}, "target_action_lr must be a number > 0, got 0"),
+    ({"mode_embedding_dim": 0}, "mode_embedding_dim must be an integer >= 1, got 0"),
+    ({"mode_dropout": 1.1}, "mode_dropout must be a number >= 0 and <= 1, got 1.1"),
+    ({"intrinsic_reward_scale": -1}, "intrinsic_reward_scale must be a number >= 0, got -1"),
+    ({"novelty_learning_rate": 0.0}, "novelty_learning_rate must be a number > 0, got 0.0"),
+    ({"n_atoms": -1}, "n_atoms must be an integer >= 0, got -1"),
+    ({"n_atoms": 1}, "n_atoms must be 0 for plain critics, or an integer >= 2, got 1"),
+    ({"n_atoms": 51, "v_min": 2.0}, "v_max must be a number > 2, got 1.0"),
+    ({"v_min": None}, "v_min must be a number >= -inf, got None"),
+    ({"sampler": "euler"}, "Unknown sampler 'euler'; known ones: ddim, ddpm, ddpm_x0"),
+    ({"position": [2]}, "position must hold indices from 0 to 1 of the observation, got [2]"),
+    (
+        {"replay_buffer_class": ReplayBuffer},
+        "replay_buffer_class must be a subclass of TrajectoryReplayBuffer, got ReplayBuffer",
+    ),
+    (
+        {"replay_buffer_class": HerReplayBuffer},
+        "replay_buffer_class must be a subclass of TrajectoryReplayBuffer, got HerReplayBuffer",
+    ),
+    ({"policy_kwargs": {"best_of_n": 2}}, "best_of_n must be 1, got 2: each mode has critics of its own"),
+    ({"policy_kwargs": {"n_modes": 2}}, "Pass n_modes to DDiffPG itself, not in policy_kwargs"),
+]
+
+
+@pytest.mark.parametrize(("kwargs", "message"), BAD_ARGUMENTS, ids=[message[:40] for _, message in BAD_ARGUMENTS])
+def test_argument(kwargs, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        make_model(**kwargs)
+
+
+def test_pictures_without_a_position():
+    with pytest.raises(ValueError, match=r"^position must be a function .* for images, got None: trajectories are compared"):
+        make_model(make_picture_env(), "CnnPolicy")
+
+
+def test_no_success_flag():
+    model = make_model(DummyVecEnv([lambda: DummyEnv(BOX, BOX)]))
+    message = r"^the info at the end of an episode must have 'success' or 'is_success', True if the episode succeeded; there: "
+    with pytest.raises(ValueError, match=message):
+        model.learn(20)
+    # Nothing of that step was stored
+    assert model.replay_buffer.size() == 9
+
+
+def test_mode_out_of_range():
+    model = make_model()
+    for call in (model.set_mode, lambda mode: model.predict(np.zeros(2), mode=mode)):
+        with pytest.raises(ValueError, match="mode must be None, got 0: no mode is known yet, since no episode has succeeded"):
+            call(0)
+    model = make_trained()
+    for call in (model.set_mode, lambda mode: model.predict(np.zeros(2, dtype=np.float32), mode=mode)):
+        for wrong in (2, -1, 0.5, True, "left"):
+            with pytest.raises(ValueError, match=f"^mode must be None or an integer from 0 to 1, got {wrong!r}$"):
+                call(wrong)
+        call(np.int64(1))
+    assert model.mode == 1
+
+
+def test_no_success_yet():
+    env = gym.wrappers.TimeLimit(NGoalPointEnv(2, step_size=0.2, reward_type="sparse"), 2)
+    model = make_model(DummyVecEnv([lambda: env])).learn(150)
+    assert model.modes == []
+    assert model._n_updates == 26
+
+
+def test_returns_outside_of_the_atoms():
+    env = gym.wrappers.TransformReward(make_point(), lambda reward: 10.0 * reward)
+    model = make_model(DummyVecEnv([lambda: env]), n_atoms=11, v_max=5.0)
+    with pytest.raises(
+        ValueError, match="v_min=0 and v_max=5 must contain all discounted returns, got 10 at environment step"
+    ):
+        model.learn(200)
+
+
+def test_position_function_of_the_wrong_shape():
+    with pytest.raises(
+        ValueError, match=r"^position must return finite numbers of shape \(batch, n\), here \(1, n\), got shape"
+    ):
+        make_model(position=lambda observations: observations[0])
+
+
+@pytest.mark.parametrize("module", ["dtaidistance", "scipy.cluster"])
+def test_missing_package(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=r'DDiffPG needs pip install "sb3-qsm\[ddiffpg\]"'):
+        DDiffPG("MlpPolicy", make_point())

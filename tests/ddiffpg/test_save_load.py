@@ -1,0 +1,144 @@
+"""Saving, loading and resuming with modes and buffers."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.logger import Logger
+
+from sb3_qsm import QSM, DDiffPG
+from sb3_qsm.common.checkpoint import RunCheckpointCallback
+from sb3_qsm.ddiffpg.policies import ModeActor, ModePolicy
+from tests.ddiffpg.models import SMALL, make_env, make_model, make_trained
+from tests.test_resume import assert_same, learner_state
+
+pytest.importorskip("dtaidistance")
+
+OBSERVATIONS = np.random.default_rng(0).uniform(-1.0, 1.0, (5, 2)).astype(np.float32)
+
+
+def assert_same_modes(first: DDiffPG, second: DDiffPG) -> None:
+    assert len(first.modes) == len(second.modes) == 2
+    for one, other in zip(first.modes, second.modes, strict=True):
+        assert (one.size, one.mean_return) == (other.size, other.mean_return)
+        assert one.success_rate == other.success_rate or (math.isnan(one.success_rate) and math.isnan(other.success_rate))
+        np.testing.assert_array_equal(one.trajectory, other.trajectory)
+
+
+def predictions(model) -> np.ndarray:
+    return np.stack([model.predict(OBSERVATIONS, deterministic=True, mode=mode)[0] for mode in (None, 0, 1)])
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"n_atoms": 5, "v_max": 2.0}], ids=["plain", "categorical"])
+def test_save_load(tmp_path, kwargs):
+    model = make_trained(**kwargs)
+    model.set_mode(1)
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    loaded = DDiffPG.load(tmp_path / "model", env=make_env(), device="cpu")
+    assert_same(learner_state(model), learner_state(loaded))
+    assert_same_modes(model, loaded)
+    np.testing.assert_array_equal(predictions(model), predictions(loaded))
+    assert loaded.mode == loaded.actor.mode == 1
+    np.testing.assert_array_equal(*(m.predict(OBSERVATIONS, deterministic=True)[0] for m in (model, loaded)))
+
+    # The updates after it, clustering included, are those without it
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    model.replay_buffer.discard_unfinished()
+    for one in (model, loaded):
+        np.random.seed(4)
+        th.manual_seed(4)
+        one.set_logger(Logger(None, []))
+        one.update_modes()
+        one.train(gradient_steps=3, batch_size=16)
+    assert_same(learner_state(model), learner_state(loaded))
+    assert_same_modes(model, loaded)
+    np.testing.assert_array_equal(model.replay_buffer.target_actions, loaded.replay_buffer.target_actions)
+    loaded.learn(60, reset_num_timesteps=False)
+    assert loaded.num_timesteps == 260
+
+
+def test_resume(tmp_path):
+    kwargs = {"position": lambda observations: observations[:, :2]}
+    model = make_model(**kwargs)
+    model.learn(200, callback=RunCheckpointCallback(1000, tmp_path))
+    before = learner_state(model)
+    again = DDiffPG.resume(tmp_path, make_env())
+    assert_same(learner_state(again), before)
+    assert_same_modes(model, again)
+    model.replay_buffer.discard_unfinished()
+    assert again.replay_buffer.size() == model.replay_buffer.size() > 150
+    for one in (model, again):
+        np.random.seed(4)
+        th.manual_seed(4)
+        one.set_logger(Logger(None, []))
+        one.train(gradient_steps=3, batch_size=16)
+    assert_same(learner_state(again), learner_state(model))
+    again.learn(50, reset_num_timesteps=False)
+    assert again.num_timesteps == 250
+
+
+def test_from_one_to_two_environments(tmp_path):
+    model = make_trained()
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    loaded = DDiffPG.load(tmp_path / "model", env=make_env(2))
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    loaded.learn(100, reset_num_timesteps=False)
+    assert len(loaded.modes) == 2
+    lengths = [len(trajectory.rows) for trajectory in loaded.replay_buffer.trajectories.values()]
+    assert max(lengths) <= 8
+
+
+def test_policy_and_actor_alone(tmp_path):
+    model = make_trained()
+    expected = predictions(model)
+    model.policy.save(tmp_path / "policy")
+    policy = ModePolicy.load(tmp_path / "policy")
+    model.actor.save(tmp_path / "actor")
+    actor = ModeActor.load(tmp_path / "actor")
+    for i, mode in enumerate((None, 0, 1)):
+        policy.actor.mode = actor.mode = mode
+        np.testing.assert_allclose(policy.predict(OBSERVATIONS, deterministic=True)[0], expected[i], atol=1e-6)
+        np.testing.assert_allclose(actor.predict(OBSERVATIONS, deterministic=True)[0], expected[i], atol=1e-6)
+
+
+def test_algorithms_are_told_apart(tmp_path):
+    make_model().save(tmp_path / "ddiffpg")
+    with pytest.raises(ValueError, match=r"was not saved by QSM but by sb3_qsm\.ddiffpg"):
+        QSM.load(tmp_path / "ddiffpg")
+    QSM("MlpPolicy", "Pendulum-v1", policy_kwargs={"net_arch": [8]}, buffer_size=10).save(tmp_path / "qsm")
+    with pytest.raises(ValueError, match=r"was not saved by DDiffPG but by sb3_qsm\.common"):
+        DDiffPG.load(tmp_path / "qsm")
+
+
+def test_safe_file():
+    pytest.importorskip("safetensors")
+    model = make_trained(position=[0, 1])
+    model.set_mode(1)
+    file = io.BytesIO()
+    model.save_safe(file)
+    file.seek(0)
+    loaded = DDiffPG.load_safe(file, env=make_env(), device="cpu")
+    assert_same(learner_state(model), learner_state(loaded))
+    assert_same_modes(model, loaded)
+    assert loaded.mode == 1
+    np.testing.assert_array_equal(predictions(model), predictions(loaded))
+    loaded.learn(50, reset_num_timesteps=False)
+
+    with pytest.raises(ValueError, match="position="):
+        make_model(position=lambda observations: observations).save_safe(io.BytesIO())
+    file.seek(0)
+    with pytest.raises(ValueError, match="it is one of 'DDiffPG'"):
+        QSM.load_safe(file)
+
+
+def test_safe_file_before_any_mode():
+    pytest.importorskip("safetensors")
+    file = io.BytesIO()
+    make_model().save_safe(file)
+    file.seek(0)
+    loaded = DDiffPG.load_safe(file, **{name: SMALL[name] for name in ("buffer_size",)})
+    assert loaded.modes == []
