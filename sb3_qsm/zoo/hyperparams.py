@@ -31,6 +31,23 @@ def hyperparams_file(name: str) -> Path:
     raise FileNotFoundError(f"no hyperparameters {name!r} in {' or '.join(map(str, folders))}")
 
 
+def _sample_common_params(trial: optuna.Trial) -> dict[str, Any]:
+    """What all algorithms with a diffusion policy have in common."""
+    return {
+        "diffusion_steps": trial.suggest_int("diffusion_steps", 2, 20),
+        "noise_schedule": trial.suggest_categorical("noise_schedule", sorted(NOISE_SCHEDULES)),
+        "sampler": trial.suggest_categorical("sampler", sorted(SAMPLERS)),
+        "learning_rate": trial.suggest_float("learning_rate", 1e-5, 2e-3, log=True),
+        "tau": trial.suggest_float("tau", 0.001, 0.08, log=True),
+        "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.0001, 0.03, log=True),
+        # From 2**5=32 to 2**10=1024
+        "batch_size_pow": trial.suggest_int("batch_size_pow", 5, 10),
+        "net_arch": trial.suggest_categorical("net_arch", _NET_ARCHS),
+        "exploration_noise": trial.suggest_float("exploration_noise", 0.0, 0.3),
+        "target_policy_noise": trial.suggest_float("target_policy_noise", 0.0, 0.3),
+    }
+
+
 def sample_qsm_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
     """
     Sampler for QSM hyperparams.
@@ -46,19 +63,9 @@ def sample_qsm_params(trial: optuna.Trial, n_actions: int, n_envs: int, addition
         # with the scale-free form it is 1 / temperature, else M_q itself
         "gradient_scale": trial.suggest_categorical("gradient_scale", ["temperature", "q_grad_coef"]),
         "gradient_strength": trial.suggest_float("gradient_strength", 1.0, 200.0, log=True),
-        "diffusion_steps": trial.suggest_int("diffusion_steps", 2, 20),
-        "noise_schedule": trial.suggest_categorical("noise_schedule", sorted(NOISE_SCHEDULES)),
-        "sampler": trial.suggest_categorical("sampler", sorted(SAMPLERS)),
         "score_target": trial.suggest_categorical("score_target", sorted(SCORE_TARGETS)),
         "prior_std": trial.suggest_float("prior_std", 0.3, 3.0, log=True),
-        "learning_rate": trial.suggest_float("learning_rate", 1e-5, 2e-3, log=True),
-        "tau": trial.suggest_float("tau", 0.001, 0.08, log=True),
-        "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.0001, 0.03, log=True),
-        # From 2**5=32 to 2**10=1024
-        "batch_size_pow": trial.suggest_int("batch_size_pow", 5, 10),
-        "net_arch": trial.suggest_categorical("net_arch", _NET_ARCHS),
-        "exploration_noise": trial.suggest_float("exploration_noise", 0.0, 0.3),
-        "target_policy_noise": trial.suggest_float("target_policy_noise", 0.0, 0.3),
+        **_sample_common_params(trial),
     }
     if additional_args["using_her_replay_buffer"]:
         sampled = sample_her_params(trial, sampled, additional_args["her_kwargs"])
@@ -87,4 +94,40 @@ def convert_qsm_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     her = {name: hyperparams.pop(name) for name in ("n_sampled_goal", "goal_selection_strategy") if name in hyperparams}
     if her:
         hyperparams["replay_buffer_kwargs"] = {**hyperparams.get("replay_buffer_kwargs", {}), **her}
+    return hyperparams
+
+
+def sample_ddiffpg_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+    """
+    Sampler for DDiffPG hyperparams.
+
+    :param trial: Optuna's trial
+    :param n_actions: Number of action dimensions (not used)
+    :param n_envs: Number of parallel environments (not used)
+    :param additional_args: rl_zoo3's; DDiffPG has a replay buffer of its own, so there is no hindsight replay
+    :return: Arguments of :class:`sb3_qsm.DDiffPG`
+    """
+    sampled: dict[str, Any] = {
+        **_sample_common_params(trial),
+        "target_action_steps": trial.suggest_categorical("target_action_steps", [5, 10, 20]),
+        "target_action_lr": trial.suggest_float("target_action_lr", 0.005, 0.1, log=True),
+        "intrinsic_reward_scale": trial.suggest_float("intrinsic_reward_scale", 0.001, 0.1, log=True),
+        "novelty_learning_rate": trial.suggest_float("novelty_learning_rate", 1e-5, 1e-3, log=True),
+        "mode_dropout": trial.suggest_float("mode_dropout", 0.2, 0.8),
+    }
+    hyperparams = convert_ddiffpg_params(sampled)
+    # Display true values
+    for name in ("gamma", "batch_size"):
+        trial.set_user_attr(name, hyperparams[name])
+    return hyperparams
+
+
+def convert_ddiffpg_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    """
+    From what was sampled (a trial's ``params``) to arguments of :class:`sb3_qsm.DDiffPG`.
+
+    :param sampled_params: Names and values as in :func:`sample_ddiffpg_params`
+    :return: Keyword arguments
+    """
+    hyperparams: dict[str, Any] = convert_offpolicy_params(sampled_params)
     return hyperparams

@@ -8,8 +8,13 @@ from rl_zoo3 import ALGOS
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from sb3_qsm import QSM
-from sb3_qsm.zoo.hyperparams import convert_qsm_params, sample_qsm_params
+from sb3_qsm import QSM, DDiffPG
+from sb3_qsm.zoo.hyperparams import (
+    convert_ddiffpg_params,
+    convert_qsm_params,
+    sample_ddiffpg_params,
+    sample_qsm_params,
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class ZooAlgorithm:
 
 ALGORITHMS: dict[str, ZooAlgorithm] = {
     "qsm": ZooAlgorithm(QSM, sample_qsm_params, convert_qsm_params),
+    "ddiffpg": ZooAlgorithm(DDiffPG, sample_ddiffpg_params, convert_ddiffpg_params),
 }
 
 

@@ -116,7 +116,7 @@ BAD = {
     ),
     "safe file of another algorithm": (
         ["enjoy", "--algo", "sac", *PENDULUM, "--safe", "{tmp}/a.safetensors"],
-        ["--safe", "sac has no safe files, only qsm"],
+        ["--safe", "sac has no safe files, only qsm, ddiffpg"],
     ),
     "no agents": (["benchmark", "--log-dir", "{tmp}/nowhere", "--no-hub"], ["--log-dir", "nowhere"]),
     "no figures": (["all_plots", "-f", "{logs}"], ["-e/--env"]),

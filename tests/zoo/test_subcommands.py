@@ -16,7 +16,7 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_qsm import QSM
+from sb3_qsm import QSM, DDiffPG
 from sb3_qsm.zoo.cli import COMMANDS
 from tests.zoo.conftest import REPOSITORY, SHORT
 
@@ -245,6 +245,24 @@ def test_plot_policy_in_an_environment_with_modes(cli, tmp_path):
     assert "3 episodes, success rate" in out
     (picture,) = tmp_path.glob("qsm/*/plots/trajectories.png")
     assert iio.imread(picture).std() > 10
+
+
+def test_ddiffpg_from_training_to_resuming(cli, tmp_path):
+    pytest.importorskip("dtaidistance")
+    common = ("--algo", "ddiffpg", "--env", "sb3_qsm/NGoalPoint-v0", "-f", tmp_path, "--verbose", 0)
+    options = ("-n", 60, "--eval-freq", -1, "--checkpoint-freq", 30, "--keep-checkpoint")
+    network = ("-params", "learning_starts:30", "policy_kwargs:dict(net_arch=[16])")
+    status, out, err = cli("train", *common, *options, *network)
+    assert status == 0, err
+    assert "hyperparams/ddiffpg.yml" in out
+    (run,) = (tmp_path / "ddiffpg").glob("*_1")
+    model = DDiffPG.load(next(run.glob("*Point-v0.zip")), env=None)
+    assert (model.batch_size, model.num_timesteps) == (128, 60)
+    status, out, err = cli("enjoy", *common, "--no-render", "-n", 30)
+    assert status == 0, err
+    status, out, err = cli("train", "--resume", run)
+    assert status == 0, err
+    assert "Resuming at step 60 of 60" in out
 
 
 def test_other_algorithms_work_as_in_rl_zoo3(cli, tmp_path):

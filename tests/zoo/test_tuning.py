@@ -4,6 +4,7 @@ import os
 import signal
 import time
 
+import gymnasium as gym
 import optuna
 import pytest
 from hypothesis import given, settings
@@ -12,8 +13,9 @@ from optuna.trial import FixedTrial, TrialState
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.envs import BitFlippingEnv
 
-from sb3_qsm import QSM
-from sb3_qsm.zoo import convert_qsm_params, sample_qsm_params
+import sb3_qsm.envs  # noqa: F401  registers the environments
+from sb3_qsm import QSM, DDiffPG
+from sb3_qsm.zoo import convert_ddiffpg_params, convert_qsm_params, sample_ddiffpg_params, sample_qsm_params
 from sb3_qsm.zoo.storage import fail_dead_trials, open_storage
 from tests.zoo.conftest import worker
 
@@ -63,6 +65,21 @@ def test_every_sample_can_be_trained(seed):
     model.learn(14)
     assert model._n_updates == 4
     assert (model.q_grad_coef is None) == (sampled_params(seed, PLAIN)["gradient_scale"] == "temperature")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_sample_of_ddiffpg_can_be_trained(seed):
+    pytest.importorskip("dtaidistance")
+    trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed)).ask()
+    sampled = sample_ddiffpg_params(trial, 1, 1, PLAIN)
+    params = convert_ddiffpg_params(trial.params)
+    assert params == sampled
+    assert trial.user_attrs == {"gamma": params["gamma"], "batch_size": params["batch_size"]}
+    params["policy_kwargs"]["net_arch"] = [8]
+    env = gym.make("sb3_qsm/NGoalPoint-v0")
+    model = DDiffPG("MlpPolicy", env, learning_starts=10, **{**params, "batch_size": 8})
+    model.learn(14)
+    assert model._n_updates == 4
 
 
 def test_samples_of_hindsight_replay_can_be_trained():

@@ -54,9 +54,9 @@ def settings(name):
     return yaml.safe_load(hyperparams_file(name).read_text())
 
 
-@pytest.mark.parametrize("name", ["qsm", "qsm_paper"])
+@pytest.mark.parametrize("name", ["qsm", "qsm_paper", "ddiffpg"])
 def test_shipped_names_are_known(name):
-    known = {*_ZOO_NAMES, *constructor_arguments(QSM)}
+    known = {*_ZOO_NAMES, *constructor_arguments(ALGORITHMS[name.removesuffix("_paper")].algorithm)}
     for task, values in settings(name).items():
         assert set(values) <= known, task
         assert {"n_timesteps", "policy"} <= set(values), task
@@ -147,7 +147,7 @@ def test_hyperparameters_are_in_the_wheel(tmp_path):
         "folder = pathlib.Path(spec.origin).parent / 'hyperparams'; print(sorted(path.name for path in folder.iterdir()))"
     )
     done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert {"qsm.yml", "qsm_paper.yml"} <= set(ast.literal_eval(done.stdout))
+    assert {"ddiffpg.yml", "qsm.yml", "qsm_paper.yml"} <= set(ast.literal_eval(done.stdout))
 
 
 def test_one_line_adds_an_algorithm():
