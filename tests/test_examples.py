@@ -128,3 +128,44 @@ def test_quickstart_says_which_folder_it_cannot_create(quickstart: ModuleType, t
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(quickstart.UserError, match="cannot create the folder"):
         quickstart.new_folder(tmp_path / "file" / "run")
+
+
+def test_replanning():
+    pytest.importorskip("dtaidistance")
+    script = SCRIPT.with_name("replanning.py")
+    finished = subprocess.run(
+        [sys.executable, str(script), "--timesteps", "120", "--episodes", "1"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "modes after 120 steps" in finished.stdout
+
+
+def test_replanning_changes_the_mode_where_it_is_blocked():
+    """Mode 0 goes straight into the obstacle for ever, mode 1 above it."""
+    pytest.importorskip("dtaidistance")
+    spec = importlib.util.spec_from_file_location("replanning", SCRIPT.with_name("replanning.py"))
+    replanning = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(replanning)
+
+    class TwoWays:
+        modes = (0, 1)
+
+        def predict(self, observation, mode):
+            x, y = observation
+            if x > 0.5:
+                action = [5.0 * (1.0 - x), -5.0 * y]  # to the goal
+            elif mode == 1 and y < 0.35 and x < 0.4:
+                action = [-1.0 if x > -0.5 else 0.0, 1.0]
+            else:
+                action = [1.0, 0.0]
+            return np.clip(action, -1.0, 1.0), None
+
+    env = replanning.gym.make(replanning.ENV, **replanning.OPTIONS)
+    assert replanning.replan(TwoWays(), env, 1) == (True, [1])
+    assert replanning.replan(TwoWays(), env, 0, patience=10**6) == (False, [0])
+    assert replanning.replan(TwoWays(), env, 0) == (True, [0, 1])

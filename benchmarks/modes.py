@@ -1,0 +1,208 @@
+"""
+Which of several ways to succeed QSM, DDiffPG, SAC and TD3 find and keep.
+
+    python benchmarks/modes.py run                              # everything that is left, one after the other
+    python benchmarks/modes.py run --task point --algo ddiffpg --seed 0
+    python benchmarks/modes.py report
+
+A run trains one agent on one thread, goes on from its checkpoint when it was killed, and writes its evaluations to a CSV in
+the end; a run that has its CSV is done. Several processes can share the folder: each takes the runs that no other one holds.
+"""
+
+import argparse
+import copy
+import csv
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import stable_baselines3
+import torch as th
+from filelock import FileLock, Timeout
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.noise import NormalActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+import sb3_qsm.envs  # noqa: F401  registers the environments
+from sb3_qsm import QSM, DDiffPG
+from sb3_qsm.common.checkpoint import CHECKPOINT_NAME, RunCheckpointCallback, resume
+from sb3_qsm.evaluation import ModeCounts, count_modes
+
+RESULTS = Path(__file__).parent / "results" / "modes"
+SEEDS = (0, 1, 2)
+EPISODES, MODE_EPISODES = 100, 50
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    A task with several ways to succeed.
+
+    :param env: Environment
+    :param n_modes: Number of ways
+    :param timesteps: Length of a training
+    :param routes: Whether the ways are routes, which can be blocked
+    :param arguments: Constructor arguments for every algorithm
+    :param ddiffpg: Further ones of DDiffPG
+    """
+
+    env: str
+    n_modes: int
+    timesteps: int
+    routes: bool = False
+    arguments: dict[str, Any] = field(default_factory=dict)
+    ddiffpg: dict[str, Any] = field(default_factory=dict)
+
+
+SMALL = {"policy_kwargs": {"net_arch": [64, 64]}}
+MAZE = {"position": [0, 1]}
+TASKS = {
+    "point": Task("sb3_qsm/NGoalPoint-v0", 4, 10_000, arguments=SMALL, ddiffpg={"batch_size": 128, "clustering_freq": 500}),
+    "two-routes": Task("sb3_qsm/PointMaze_TwoRoutes-v0", 2, 100_000, routes=True, ddiffpg=MAZE),
+    "four-goals": Task("sb3_qsm/PointMaze_FourGoals-v0", 4, 100_000, ddiffpg=MAZE),
+}
+ALGORITHMS: dict[str, type[OffPolicyAlgorithm]] = {
+    "ddiffpg": DDiffPG,
+    "qsm": QSM,
+    "sac": stable_baselines3.SAC,
+    "td3": stable_baselines3.TD3,
+}
+COLUMNS = ("task", "algo", "seed", "timesteps", "evaluation", "episodes", "success_rate", "mean_return", "entropy", "counts")
+
+
+def make_model(task: Task, algo: str, seed: int) -> OffPolicyAlgorithm:
+    """
+    :param task: Task
+    :param algo: Name of the algorithm
+    :param seed: Seed
+    :return: A new model
+    """
+    env = make_vec_env(task.env, seed=seed)
+    # SB3 writes to the policy's arguments
+    arguments = copy.deepcopy({**task.arguments, **(task.ddiffpg if algo == "ddiffpg" else {})})
+    if algo == "td3":
+        n_actions = int(np.prod(env.action_space.shape))
+        arguments["action_noise"] = NormalActionNoise(np.zeros(n_actions), np.full(n_actions, 0.1))
+    return ALGORITHMS[algo]("MlpPolicy", env, seed=seed, device="cpu", **arguments)
+
+
+def evaluate(model: OffPolicyAlgorithm, task: Task) -> Iterator[tuple[str, ModeCounts]]:
+    """
+    :param model: Trained model
+    :param task: Its task
+    :return: What was evaluated, and what was counted
+    """
+    env = gym.make(task.env)
+    choices: list[int | None] = [None, *range(len(model.modes))] if isinstance(model, DDiffPG) else [None]
+    for mode in choices:
+        if isinstance(model, DDiffPG):
+            model.set_mode(mode)
+        name = "any" if mode is None else f"mode {mode}"
+        yield name, count_modes(model, env, EPISODES if mode is None else MODE_EPISODES, seed=1000)
+        if mode is None:
+            yield "any, deterministic", count_modes(model, env, EPISODES, deterministic=True, seed=1000)
+    for route in range(task.n_modes) if task.routes else ():
+        blocked = gym.make(task.env, blocked=[route])
+        for mode in choices:
+            if isinstance(model, DDiffPG):
+                model.set_mode(mode)
+            name = "any" if mode is None else f"mode {mode}"
+            yield f"{name}, route {route} blocked", count_modes(model, blocked, MODE_EPISODES, seed=1000)
+
+
+def run(task_name: str, algo: str, seed: int, out: Path, timesteps: int | None) -> None:
+    """
+    Do what is left of a run.
+
+    :param task_name: Name of the task
+    :param algo: Name of the algorithm
+    :param seed: Seed
+    :param out: Folder of the CSVs
+    :param timesteps: Length of the training; by default the task's
+    """
+    task, path = TASKS[task_name], out / f"{task_name}_{algo}_{seed}.csv"
+    timesteps = task.timesteps if timesteps is None else timesteps
+    folder = path.with_suffix(".checkpoint")
+    if path.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
+        print(f"another process is at {path.name}", flush=True)
+        return
+    with lock:
+        resumed = (folder / CHECKPOINT_NAME).is_file()
+        if resumed:
+            model = resume(ALGORITHMS[algo], folder, make_vec_env(task.env, seed=seed), device="cpu")
+        else:
+            model = make_model(task, algo, seed)
+        print(f"{path.name}: from step {model.num_timesteps} to {timesteps}", flush=True)
+        checkpoints = RunCheckpointCallback(10_000, folder)
+        model.learn(timesteps - model.num_timesteps, checkpoints, log_interval=10**9, reset_num_timesteps=not resumed)
+        rows = []
+        for evaluation, counts in evaluate(model, task):
+            rows.append(
+                {
+                    "task": task_name,
+                    "algo": algo,
+                    "seed": seed,
+                    "timesteps": model.num_timesteps,
+                    "evaluation": evaluation,
+                    "episodes": len(counts.episodes),
+                    "success_rate": round(counts.success_rate, 4),
+                    "mean_return": round(counts.mean_return, 4),
+                    "entropy": round(counts.relative_entropy(task.n_modes), 4),
+                    "counts": json.dumps({str(mode): count for mode, count in sorted(counts.counts.items())}),
+                }
+            )
+            print(f"  {evaluation}: success {counts.success_rate:.2f}, {rows[-1]['counts']}", flush=True)
+        temporary = folder / path.name
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        model.save(path.with_suffix(".zip"))
+        os.replace(temporary, path)
+        shutil.rmtree(folder)
+
+
+def report(out: Path) -> str:
+    """
+    :param out: Folder of the CSVs
+    :return: Table of all evaluations, in Markdown
+    """
+    rows = [row for path in sorted(out.glob("*.csv")) for row in csv.DictReader(path.open())]
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
+    lines += [f"| {' | '.join(row[column] for column in COLUMNS)} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["run", "report"])
+    parser.add_argument("--task", choices=list(TASKS), nargs="+", default=list(TASKS))
+    parser.add_argument("--algo", choices=list(ALGORITHMS), nargs="+", default=list(ALGORITHMS))
+    parser.add_argument("--seed", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--timesteps", type=int, help="length of a training; by default the task's")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSVs")
+    args = parser.parse_args()
+    if args.command == "report":
+        (args.out / "README.md").write_text(f"# Modes\n\n`python benchmarks/modes.py run`\n\n{report(args.out)}")
+        return
+    th.set_num_threads(1)
+    for seed in args.seed:
+        for task in args.task:
+            for algo in args.algo:
+                run(task, algo, seed, args.out, args.timesteps)
+
+
+if __name__ == "__main__":
+    main()

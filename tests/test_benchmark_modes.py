@@ -1,0 +1,58 @@
+"""The benchmark of modes goes on after a kill and writes what it counted."""
+
+import csv
+import json
+
+import pytest
+
+pytest.importorskip("dtaidistance")
+pytest.importorskip("filelock")
+modes = pytest.importorskip("modes")
+
+
+@pytest.mark.parametrize("algo", ["ddiffpg", "td3"])
+def test_a_run_goes_on_and_is_done_once(tmp_path, monkeypatch, capsys, algo):
+    monkeypatch.setattr(modes, "EPISODES", 3)
+    monkeypatch.setattr(modes, "MODE_EPISODES", 2)
+    evaluate = modes.evaluate
+
+    def killed(model, task):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(modes, "evaluate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        modes.run("point", algo, 0, tmp_path, 40)
+    assert list(tmp_path.glob("*.csv")) == []
+    monkeypatch.setattr(modes, "evaluate", evaluate)
+    modes.run("point", algo, 0, tmp_path, 50)
+    assert f"point_{algo}_0.csv: from step 40 to 50" in capsys.readouterr().out
+    (path,) = tmp_path.glob("*.csv")
+    rows = list(csv.DictReader(path.open()))
+    assert [row["evaluation"] for row in rows[:2]] == ["any", "any, deterministic"]
+    assert {row["timesteps"] for row in rows} == {"50"}
+    for row in rows:
+        assert sum(json.loads(row["counts"]).values()) == round(float(row["success_rate"]) * int(row["episodes"]))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [f"point_{algo}_0.csv", f"point_{algo}_0.zip"]
+    modes.run("point", algo, 0, tmp_path, 50)
+    assert capsys.readouterr().out == ""
+    assert f"| point | {algo} | 0 | 50 | any | 3 |" in modes.report(tmp_path)
+
+
+def test_tasks_can_be_made():
+    for task in modes.TASKS.values():
+        assert (task.routes is False) or task.n_modes == 2
+        for algo in modes.ALGORITHMS:
+            if "Maze" not in task.env:
+                assert modes.make_model(task, algo, 0).policy is not None
+
+
+def test_blocked_routes_are_counted():
+    pytest.importorskip("gymnasium_robotics")
+    task = modes.TASKS["two-routes"]
+    model = modes.make_model(task, "sac", 0)
+    names = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modes, "EPISODES", 1)
+        patch.setattr(modes, "MODE_EPISODES", 1)
+        names = [name for name, _ in modes.evaluate(model, task)]
+    assert names == ["any", "any, deterministic", "any, route 0 blocked", "any, route 1 blocked"]
