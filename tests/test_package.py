@@ -128,7 +128,7 @@ def test_dependencies_are_bounded_and_the_tested_versions_are_within():
 @pytest.mark.parametrize("code", SNIPPETS)
 def test_documented_python_runs(code: str, tmp_path: Path):
     # Fewer steps; everything else runs as it stands in the text
-    code = re.sub(r"(\.learn\((?:total_timesteps=)?)[\d_]+", r"\g<1>150", code)
+    code = re.sub(r"(\.(?:learn|pretrain)\((?:total_timesteps=)?)[\d_]+", r"\g<1>150", code)
     finished = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

@@ -75,6 +75,7 @@ class ActorLoss(nn.Module):
         temperature: th.Tensor,
         q_grad_coef: th.Tensor | None,
         q_grad_clip: th.Tensor | None = None,
+        behaviour: th.Tensor | None = None,
     ) -> tuple[th.Tensor, Metrics]:
         """
         :param features: The actor's features of s, shape ``(batch, features_dim)``
@@ -85,6 +86,7 @@ class ActorLoss(nn.Module):
         :param temperature: Temperature on the scale-free form, a scalar
         :param q_grad_coef: Fixed factor (the paper's M_q) in place of the scale-free form, a scalar
         :param q_grad_clip: Largest magnitude of a state's gradient in units of the running mean, a scalar; None for no limit
+        :param behaviour: Weight of cloning the replayed actions against the score target, a scalar in [0, 1]; None for 0
         :return: Loss, and metrics with the new running mean
         """
         schedule = self.actor.schedule
@@ -101,6 +103,10 @@ class ActorLoss(nn.Module):
             eps_target = -weight * scale * clipped
         else:
             eps_target = prior_eps_target(noisy_actions, scale * clipped, signal, sigma, self.prior_std)
+
+        if behaviour is not None:
+            # Of the weighted sum of both losses this is the part that depends on the parameters
+            eps_target = behaviour * noise.eps + (1.0 - behaviour) * eps_target
 
         loss = noise_prediction_loss(eps, eps_target)
         return loss, {

@@ -22,10 +22,10 @@ from torch import nn
 
 from sb3_qsm.common.buffers import DictNStepReplayBuffer
 from sb3_qsm.common.losses import CriticLoss, Metrics, Transitions, UpdateNoise
-from sb3_qsm.common.off_policy import DiffusionOffPolicyAlgorithm
 from sb3_qsm.common.performance import check_compiler, check_precision
 from sb3_qsm.common.policies import DiffusionPolicy, QCritic, check_sampling_steps
 from sb3_qsm.common.safe import OBJECTS
+from sb3_qsm.offline import OfflineTraining
 from sb3_qsm.qsm.losses import ActorLoss, Gradients
 from sb3_qsm.qsm.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_qsm.qsm.targets import CRITIC_REDUCTIONS, SCORE_TARGETS
@@ -67,7 +67,7 @@ OBJECTS["CosineDecay"] = (
 )
 
 
-class QSM(DiffusionOffPolicyAlgorithm):
+class QSM(OfflineTraining):
     r"""
     Q-Score Matching (QSM): the noise prediction of a diffusion actor is regressed onto the action gradient of the critic.
 
@@ -360,13 +360,11 @@ class QSM(DiffusionOffPolicyAlgorithm):
         """
         self.policy.set_training_mode(True)
         self._update_learning_rates()
-        if isinstance(self.replay_buffer, NStepReplayBuffer):
-            self.replay_buffer.gamma = self.gamma
         metrics: list[Metrics] = []
 
         for _ in range(gradient_steps):
             self._n_updates += 1
-            batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
+            batch = self._sample_batch(batch_size)
             noise = self._draw_noise(batch)
 
             metrics.append(self._update_critic(batch, noise))
@@ -415,6 +413,7 @@ class QSM(DiffusionOffPolicyAlgorithm):
             th.tensor(float(self.temperature), device=self.device),
             None if self.q_grad_coef is None else th.tensor(float(self.q_grad_coef), device=self.device),
             None if clip is None else th.tensor(float(clip), device=self.device),
+            self._behaviour(),
         )
         self._check_finite("actor_loss", metrics)
         self.actor.optimizer.step()

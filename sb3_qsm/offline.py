@@ -1,0 +1,362 @@
+"""
+Learning from data that is already there: datasets of Minari and replay buffers of Stable-Baselines3.
+
+A model is pretrained on the data alone and then goes on in the environment with batches of both, as in RLPD
+(arXiv 2302.02948).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.preprocessing import maybe_transpose
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3.common.utils import configure_logger
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_qsm.common.buffers import DictNStepReplayBuffer
+from sb3_qsm.common.off_policy import DiffusionOffPolicyAlgorithm
+
+SelfOffline = TypeVar("SelfOffline", bound="OfflineTraining")
+#: Observations of many steps: an array, or one for each key
+Observations = Any
+
+
+class Stream(NamedTuple):
+    """
+    Steps of one environment in their order.
+
+    :param observations: s, shape ``(n, *observation_shape)``, or a dictionary of such arrays
+    :param next_observations: s', the same
+    :param actions: Scaled actions in [-1, 1], shape ``(n, action_dim)``
+    :param rewards: Rewards, shape ``(n,)``
+    :param dones: 1 where an episode ended, shape ``(n,)``
+    :param timeouts: 1 where it ended without having terminated, shape ``(n,)``
+    """
+
+    observations: Observations
+    next_observations: Observations
+    actions: np.ndarray[Any, Any]
+    rewards: np.ndarray[Any, Any]
+    dones: np.ndarray[Any, Any]
+    timeouts: np.ndarray[Any, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class OfflineReplay:
+    """
+    Data and its part in the updates.
+
+    :param buffer: The data
+    :param share: Share of it in a batch
+    :param behaviour: Weight of the behaviour term in the actor's loss
+    :param behaviour_decay_steps: Environment step at which that weight has fallen linearly to zero; None for never
+    """
+
+    buffer: ReplayBuffer
+    share: float
+    behaviour: float
+    behaviour_decay_steps: int | None = None
+
+
+class OfflineTraining(DiffusionOffPolicyAlgorithm):
+    """What an algorithm needs to learn from a dataset. Its ``train`` takes its batches from :meth:`_sample_batch`."""
+
+    _offline: OfflineReplay | None = None
+
+    def load_offline(
+        self, dataset: Any, share: float = 0.5, behaviour: float = 0.0, behaviour_decay_steps: int | None = None
+    ) -> None:
+        """
+        Take a dataset for :meth:`pretrain`, and for a share of every batch in ``learn``. It replaces the one loaded before.
+        Statistics of ``VecNormalize``, unless they are frozen, take it in. The dataset is not saved with the model, nor with a
+        checkpoint: load it again to go on with it.
+
+        :param dataset: Dataset of Minari, the name of a local one, or a replay buffer of SB3
+        :param share: Share of a batch that is taken from the dataset in ``learn``; 0.5 is RLPD's (arXiv 2302.02948)
+        :param behaviour: Weight of the behaviour term of :meth:`pretrain` in ``learn``, at its first step
+        :param behaviour_decay_steps: Environment step at which that weight has fallen linearly to zero; by default it stays
+        :raises TypeError: if ``dataset`` is of another kind
+        :raises ValueError: if the dataset does not fit the spaces of the model, is empty or holds numbers that are not finite,
+            or if another argument is out of its range. What was loaded before stays
+        :raises ImportError: if ``dataset`` is a name and Minari is not installed
+        """
+        _check_fraction("share", share)
+        _check_fraction("behaviour", behaviour)
+        if behaviour_decay_steps is not None:
+            _check_count("behaviour_decay_steps", behaviour_decay_steps)
+        stream = _join(self._streams(dataset))
+        self._offline = OfflineReplay(self._make_buffer(stream), share, behaviour, behaviour_decay_steps)
+        if self._vec_normalize_env is not None:
+            _update_statistics(self._vec_normalize_env, stream)
+
+    def pretrain(
+        self: SelfOffline,
+        gradient_steps: int,
+        behaviour: float = 0.9,
+        batch_size: int | None = None,
+        log_interval: int = 1000,
+    ) -> SelfOffline:
+        r"""
+        Train on the loaded dataset alone, without the environment. The actor's loss is a weighted sum of the noise-prediction
+        loss on the dataset's actions and of Q-score matching,
+
+        .. math:: w \| \epsilon_\theta(s, a_t, t) - \epsilon \|^2 + (1 - w) \| \epsilon_\theta(s, a_t, t) - \epsilon^* \|^2,
+
+        so that at every noise level the score is the mean of the data's and of the one that the critic asks for. The first
+        term keeps the actions where the critic has seen any, as the constraint of Diffusion Actor-Critic (arXiv 2405.20555)
+        does.
+
+        :param gradient_steps: Number of gradient steps
+        :param behaviour: Weight w of the behaviour term: 1 is behaviour cloning, 0 leaves all to the critic
+        :param batch_size: Size of each minibatch; by default the model's
+        :param log_interval: Gradient steps between two entries of the log
+        :return: The model
+        :raises ValueError: if there is no dataset, or an argument is out of its range
+        """
+        if self._offline is None:
+            raise ValueError("pretrain needs data: call load_offline first")
+        _check_fraction("behaviour", behaviour)
+        _check_count("gradient_steps", gradient_steps)
+        _check_count("log_interval", log_interval)
+        if batch_size is not None:
+            _check_count("batch_size", batch_size)
+        if not self._custom_logger:
+            self._logger = configure_logger(self.verbose, self.tensorboard_log, f"{type(self).__name__}_pretrain")
+        replay = self._offline
+        self._offline = OfflineReplay(replay.buffer, 1.0, behaviour)
+        try:
+            for start in range(0, gradient_steps, log_interval):
+                self.train(min(log_interval, gradient_steps - start), batch_size or self.batch_size)
+                self.logger.dump(self._n_updates)
+        finally:
+            self._offline = replay
+        return self
+
+    def _sample_batch(self, batch_size: int) -> ReplayBufferSamples:
+        """A minibatch of both buffers."""
+        sizes = [(self.replay_buffer, batch_size)]
+        if self._offline is not None:
+            from_data = round(self._offline.share * batch_size)
+            sizes = [(self._offline.buffer, from_data), (self.replay_buffer, batch_size - from_data)]
+        parts = []
+        for buffer, size in sizes:
+            if size > 0:
+                if isinstance(buffer, NStepReplayBuffer):
+                    buffer.gamma = self.gamma
+                parts.append(buffer.sample(size, env=self._vec_normalize_env))  # type: ignore[union-attr]
+        return parts[0] if len(parts) == 1 else _concatenate(parts, self.gamma)
+
+    def _behaviour(self) -> th.Tensor | None:
+        """Weight of the behaviour term at the present step, None without a dataset."""
+        if self._offline is None:
+            return None
+        weight, decay_steps = self._offline.behaviour, self._offline.behaviour_decay_steps
+        if decay_steps is not None:
+            weight *= max(0.0, 1.0 - self.num_timesteps / decay_steps)
+        return th.tensor(weight, device=self.device)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_offline"]
+
+    def _streams(self, dataset: Any) -> Iterator[Stream]:
+        if isinstance(dataset, ReplayBuffer):
+            return self._from_replay_buffer(dataset)
+        if isinstance(dataset, str):
+            try:
+                minari = importlib.import_module("minari")
+            except ImportError as error:
+                raise ImportError('Datasets by their names need Minari: pip install "sb3-qsm[offline]"') from error
+            dataset = minari.load_dataset(dataset)
+        if not hasattr(dataset, "iterate_episodes"):
+            raise TypeError(f"dataset must be one of Minari, a name, or a ReplayBuffer of SB3, got {type(dataset).__name__}")
+        return self._from_episodes(dataset.iterate_episodes())
+
+    def _from_episodes(self, episodes: Iterable[Any]) -> Iterator[Stream]:
+        """Episodes of Minari, which have one observation more than steps."""
+        for episode in episodes:
+            if len(episode) == 0:
+                continue
+            observations = self._fit_observations(episode.observations)
+            actions = np.asarray(episode.actions)
+            _check_shape("actions", actions, self.action_space)
+            low, high = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
+            # Actions as they were before a clipping to the bounds are not those that were taken
+            if (actions < low - 1e-3 * (high - low)).any() or (actions > high + 1e-3 * (high - low)).any():
+                raise ValueError(f"The dataset's actions are not within {self.action_space}")
+            scaled = self.policy.scale_action(np.clip(actions, low, high))
+            terminations = np.asarray(episode.terminations, dtype=bool)
+            ends = terminations | np.asarray(episode.truncations, dtype=bool)
+            ends[-1] = True
+            yield _stream(
+                _each(observations, lambda value: value[:-1]),
+                _each(observations, lambda value: value[1:]),
+                scaled,
+                np.asarray(episode.rewards),
+                ends,
+                ends & ~terminations,
+            )
+
+    def _from_replay_buffer(self, buffer: ReplayBuffer) -> Iterator[Stream]:
+        """The steps of a replay buffer of SB3, environment by environment, oldest first."""
+        size = buffer.buffer_size
+        order = (np.arange(size) + buffer.pos) % size if buffer.full else np.arange(buffer.pos)
+        if buffer.optimize_memory_usage and buffer.full:
+            order = order[1:]  # the observation at `pos` has been overwritten by the newest next one
+        for env in range(buffer.n_envs if len(order) else 0):
+            actions = np.asarray(buffer.actions[order, env])
+            if actions.shape[1:] != (math.prod(self.action_space.shape or ()),):
+                raise ValueError(
+                    f"The dataset's actions have the shape {actions.shape[1:]}, the model has {self.action_space}"
+                )
+            if (np.abs(actions) > 1.0 + 1e-3).any():
+                raise ValueError("The dataset's actions are not scaled to [-1, 1], as those in replay buffers of SB3 are")
+            nexts = (buffer.observations, (order + 1) % size)
+            if not buffer.optimize_memory_usage:
+                nexts = (buffer.next_observations, order)
+            observations, next_observations = (
+                self._fit_observations(_each(values, lambda value, rows=rows, env=env: value[rows, env]))
+                for values, rows in ((buffer.observations, order), nexts)
+            )
+            dones, timeouts = (np.asarray(values[order, env], dtype=bool) for values in (buffer.dones, buffer.timeouts))
+            # Where the record breaks off, nothing is known to have terminated
+            timeouts[-1] |= not dones[-1]
+            dones[-1] = True
+            rewards = np.asarray(buffer.rewards[order, env])
+            yield _stream(observations, next_observations, np.clip(actions, -1.0, 1.0), rewards, dones, timeouts)
+
+    def _fit_observations(self, values: Observations) -> Observations:
+        """Observations in the shapes of the model, images with their channels first."""
+        space = self.observation_space
+        if isinstance(space, spaces.Dict) != isinstance(values, dict) or (
+            isinstance(values, dict) and values.keys() != space.spaces.keys()  # type: ignore[attr-defined]
+        ):
+            found = ", ".join(sorted(values)) if isinstance(values, dict) else "one array"
+            raise ValueError(f"The dataset's observations are {found}, the model has {space}")
+
+        def fit(name: str, value: Any, part: spaces.Space[Any]) -> Any:
+            value = np.asarray(value)
+            if isinstance(part, spaces.Discrete) and value.shape[1:] == (1,):
+                value = value[:, 0]  # as SB3's buffers have them
+            if value.shape[1:] != part.shape and value.ndim == 4:
+                value = maybe_transpose(value, part)
+            _check_shape(name, value, part)
+            return value
+
+        if isinstance(space, spaces.Dict):
+            return {key: fit(f"observations[{key!r}]", values[key], part) for key, part in space.spaces.items()}
+        return fit("observations", values, space)
+
+    def _make_buffer(self, stream: Stream) -> ReplayBuffer:
+        """A full buffer of the kind that the model would make for itself."""
+        is_dict = isinstance(self.observation_space, spaces.Dict)
+        n_steps = self._resolve_n_steps()
+        kind: type[ReplayBuffer] = DictReplayBuffer if is_dict else ReplayBuffer
+        kwargs: dict[str, Any] = {}
+        if n_steps > 1:
+            kind = DictNStepReplayBuffer if is_dict else NStepReplayBuffer
+            kwargs = {"n_steps": n_steps, "gamma": self.gamma}
+        n = len(stream.rewards)
+        buffer = kind(n, self.observation_space, self.action_space, self.device, **kwargs)
+
+        def fill(target: Any, values: Any) -> None:
+            if isinstance(target, dict):
+                for key, value in target.items():
+                    fill(value, values[key])
+            else:
+                target[:] = values.reshape(target.shape)
+
+        for name in Stream._fields:
+            fill(getattr(buffer, name), getattr(stream, name))
+        buffer.pos, buffer.full = 0, True
+        return buffer
+
+    def _resolve_n_steps(self) -> int:
+        """Number of steps of the return."""
+        raise NotImplementedError
+
+
+def _check_fraction(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be a number >= 0 and <= 1, got {value!r}")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+
+
+def _check_shape(name: str, value: np.ndarray[Any, Any], space: spaces.Space[Any]) -> None:
+    if value.shape[1:] != space.shape:
+        raise ValueError(f"The dataset's {name} have shape {value.shape[1:]}, the model has {space}")
+
+
+def _each(values: Observations, function: Any) -> Observations:
+    """The function of an array, or of each array of a dictionary."""
+    return {key: function(value) for key, value in values.items()} if isinstance(values, dict) else function(values)
+
+
+def _stream(*columns: Any) -> Stream:
+    """Steps whose numbers are all finite."""
+    for name, values in zip(Stream._fields, columns, strict=True):
+        for value in values.values() if isinstance(values, dict) else [values]:
+            if not np.isfinite(value).all():
+                raise ValueError(f"The dataset's {name} are not all finite")
+    return Stream(*columns)
+
+
+def _join(streams: Iterator[Stream]) -> Stream:
+    parts = list(streams)
+    if not parts:
+        raise ValueError("The dataset is empty")
+
+    def join(values: list[Any]) -> Any:
+        if isinstance(values[0], dict):
+            return {key: join([value[key] for value in values]) for key in values[0]}
+        return np.concatenate(values)
+
+    return Stream(*(join(list(column)) for column in zip(*parts, strict=True)))
+
+
+def _update_statistics(env: VecNormalize, stream: Stream) -> None:
+    """Let ``VecNormalize`` see the dataset."""
+    if not env.training:
+        return
+    if env.norm_obs:
+        if isinstance(env.obs_rms, dict):
+            for key, rms in env.obs_rms.items():
+                rms.update(stream.observations[key])
+        else:
+            env.obs_rms.update(stream.observations)
+    returns = np.zeros(len(stream.rewards))
+    running = 0.0
+    for i, (reward, done) in enumerate(zip(stream.rewards, stream.dones, strict=True)):
+        running = running * env.gamma + reward
+        returns[i] = running
+        running *= 1.0 - done
+    env.ret_rms.update(returns)
+
+
+def _concatenate(parts: list[ReplayBufferSamples], gamma: float) -> ReplayBufferSamples:
+    """One batch of several; where a buffer gives no discounts they are gamma."""
+
+    def join(values: list[Any]) -> Any:
+        if isinstance(values[0], dict):
+            return {key: join([value[key] for value in values]) for key in values[0]}
+        return th.cat(values)
+
+    if any(part.discounts is not None for part in parts):
+        parts = [
+            part if part.discounts is not None else part._replace(discounts=th.full_like(part.rewards, gamma))
+            for part in parts
+        ]
+    names = [name for name in type(parts[0])._fields if getattr(parts[0], name) is not None]
+    return type(parts[0])(**{name: join([getattr(part, name) for part in parts]) for name in names})
