@@ -61,9 +61,17 @@ class Task:
 
 
 SMALL = {"policy_kwargs": {"net_arch": [64, 64]}}
+# Random at first, so that every goal is found a few times before one of them is preferred
+POINT = {
+    "learning_starts": 3000,
+    "exploration_decay_steps": 4000,
+    "batch_size": 128,
+    "clustering_freq": 500,
+    "target_action_steps": 10,
+}
 MAZE = {"position": [0, 1]}
 TASKS = {
-    "point": Task("sb3_qsm/NGoalPoint-v0", 4, 10_000, arguments=SMALL, ddiffpg={"batch_size": 128, "clustering_freq": 500}),
+    "point": Task("sb3_qsm/NGoalPoint-v0", 4, 10_000, arguments=SMALL, ddiffpg=POINT),
     "two-routes": Task("sb3_qsm/PointMaze_TwoRoutes-v0", 2, 100_000, routes=True, ddiffpg=MAZE),
     "four-goals": Task("sb3_qsm/PointMaze_FourGoals-v0", 4, 100_000, ddiffpg=MAZE),
 }

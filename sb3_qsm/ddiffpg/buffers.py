@@ -251,9 +251,9 @@ class TrajectoryReplayBuffer(ReplayBuffer):
         successes = [trajectory for trajectory in self.trajectories.values() if trajectory.success]
         if not successes:
             raise ValueError(f"buffer_size must hold at least one whole episode of every environment, got {self.buffer_size}")
-        # What has come since the last clustering may be new, so it goes only where there is nothing else
+        # What has no mode may be the first of a new one, so it goes only where there is more of it than of any mode
         modes = [trajectory.mode for trajectory in successes]
-        largest = max(set(modes), key=lambda mode: (mode != UNASSIGNED, modes.count(mode)))
+        largest = max(set(modes), key=lambda mode: (modes.count(mode), mode != UNASSIGNED))
         self._remove(successes[modes.index(largest)])
 
     def _remove(self, trajectory: Trajectory) -> None:

@@ -86,7 +86,8 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
     :param cluster_threshold: Distance between modes, in units of position; by default the clustering with the largest
         silhouette is taken, see :func:`sb3_qsm.ddiffpg.modes.cluster`
     :param min_silhouette: Smallest silhouette of a clustering into several modes; below it all successes are one mode
-    :param min_mode_size: Smallest number of successes of a mode, unless it is the only one
+    :param min_mode_size: Smallest number of successes of a mode, unless it is the only one; others are replayed for the
+        exploration alone
     :param target_action_steps: Steps uphill of a target action each time it is replayed
     :param target_action_lr: Their learning rate
     :param mode_embedding_dim: Size of the embeddings of the modes
@@ -562,6 +563,7 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         distances = self._distances.condensed(successes)
         labels = cluster(distances, self.cluster_threshold, self.min_silhouette, self.min_mode_size)
         square = squareform(distances)
+        # Those of small clusters have no mode
         new = [{successes[i].id for i in np.flatnonzero(labels == label)} for label in range(labels.max() + 1)]
         old = [{other.id for other in successes if other.mode == mode} for mode in range(len(self._modes))]
         parents = inherit(new, old)

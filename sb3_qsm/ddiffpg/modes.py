@@ -107,13 +107,14 @@ def cluster(
     """
     Clusters by average linkage. With a threshold the tree is cut at that distance. Without one it is cut where the mean
     silhouette (Rousseeuw 1987) is largest: the clusters then are far apart compared with their own width. If it stays below
-    ``min_silhouette`` there is one cluster. What is left in smaller clusters than ``min_size`` joins the nearest larger one.
+    ``min_silhouette`` there is one cluster. Clusters smaller than ``min_size`` are no modes yet: joined to others they would
+    spoil them. If all are small, all are one.
 
     :param condensed: Distances, shape ``(n * (n - 1) / 2,)``
     :param threshold: Distance between clusters, or None
     :param min_silhouette: Smallest mean silhouette of more than one cluster
     :param min_size: Smallest size of more than one cluster
-    :return: Cluster of each trajectory, from 0, shape ``(n,)``
+    :return: Cluster of each trajectory, from 0, or -1, shape ``(n,)``
     """
     hierarchy: Any = importlib.import_module("scipy.cluster.hierarchy")
     square = squareform(condensed)
@@ -123,7 +124,7 @@ def cluster(
     tree = hierarchy.linkage(condensed, method="average")
     if threshold is not None:
         labels = np.asarray(hierarchy.fcluster(tree, threshold, criterion="distance"), dtype=np.int64) - 1
-        return _absorb(square, labels, min_size)
+        return _leave_small_out(labels, min_size)
     best, best_silhouette = one_cluster, min_silhouette
     # Two trajectories are the smallest cluster with a width
     for n_clusters in range(2, len(square) // 2 + 1):
@@ -131,18 +132,17 @@ def cluster(
         value = silhouette(square, labels)
         if value > best_silhouette:
             best, best_silhouette = labels, value
-    return _absorb(square, best, min_size)
+    return _leave_small_out(best, min_size)
 
 
-def _absorb(distances: FloatArray, labels: npt.NDArray[np.int64], min_size: int) -> npt.NDArray[np.int64]:
-    """Let the members of small clusters join the large one that they are nearest to on average."""
-    large = np.flatnonzero(np.bincount(labels) >= min_size)
-    if len(large) == 0:
+def _leave_small_out(labels: npt.NDArray[np.int64], min_size: int) -> npt.NDArray[np.int64]:
+    """Number the large clusters from 0; the members of the others get -1."""
+    sizes = np.bincount(labels)
+    if sizes.max() < min_size:
         return np.zeros_like(labels)
-    means = np.stack([distances[:, labels == label].mean(axis=1) for label in large], axis=1)
-    own = labels[:, None] == large
-    absorbed: npt.NDArray[np.int64] = np.where(own.any(axis=1), own.argmax(axis=1), means.argmin(axis=1))
-    return absorbed
+    numbers = np.where(sizes >= min_size, np.cumsum(sizes >= min_size) - 1, -1)
+    large: npt.NDArray[np.int64] = numbers[labels]
+    return large
 
 
 def squareform(condensed: FloatArray) -> FloatArray:

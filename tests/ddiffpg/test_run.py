@@ -456,16 +456,3 @@ def test_evaluation():
     counts = count_modes(model, make_point(), 10, seed=0)
     assert len(counts.episodes) == 10
     assert spaces.Box(-1.0, 1.0, (2,)).contains(model.predict(np.zeros(2, dtype=np.float32))[0])
-
-
-@pytest.mark.slow
-def test_finds_and_keeps_four_modes():
-    env = gym.make("sb3_qsm/NGoalPoint-v0", n_goals=4, reward_type="sparse")
-    model = DDiffPG("MlpPolicy", env, seed=0, device="cpu", policy_kwargs={"net_arch": [64, 64]}, batch_size=128)
-    model.learn(10_000)
-    assert len(model.modes) == 4
-    for mode in range(4):
-        model.set_mode(mode)
-        counts = count_modes(model, env, 20, seed=0)
-        assert counts.success_rate >= 0.9
-        assert len(counts.counts) == 1
