@@ -5,8 +5,6 @@ A model is pretrained on the data alone and then goes on in the environment with
 (arXiv 2302.02948).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import math
@@ -16,14 +14,14 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.preprocessing import maybe_transpose
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_qsm.common.buffers import DictNStepReplayBuffer
-from sb3_qsm.common.off_policy import DiffusionOffPolicyAlgorithm
+from sb3_qsm.common.buffers import replay_buffer_for
+from sb3_qsm.common.off_policy import DiffusionOffPolicyAlgorithm, check_integer, check_number
 
 SelfOffline = TypeVar("SelfOffline", bound="OfflineTraining")
 #: Observations of many steps: an array, or one for each key
@@ -89,10 +87,10 @@ class OfflineTraining(DiffusionOffPolicyAlgorithm):
             or if another argument is out of its range. What was loaded before stays
         :raises ImportError: if ``dataset`` is a name and Minari is not installed
         """
-        _check_fraction("share", share)
-        _check_fraction("behaviour", behaviour)
+        check_number("share", share, 0.0, high=1.0)
+        check_number("behaviour", behaviour, 0.0, high=1.0)
         if behaviour_decay_steps is not None:
-            _check_count("behaviour_decay_steps", behaviour_decay_steps)
+            check_integer("behaviour_decay_steps", behaviour_decay_steps, 1)
         stream = _join(self._streams(dataset))
         self._offline = OfflineReplay(self._make_buffer(stream), share, behaviour, behaviour_decay_steps)
         if self._vec_normalize_env is not None:
@@ -124,11 +122,11 @@ class OfflineTraining(DiffusionOffPolicyAlgorithm):
         """
         if self._offline is None:
             raise ValueError("pretrain needs data: call load_offline first")
-        _check_fraction("behaviour", behaviour)
-        _check_count("gradient_steps", gradient_steps)
-        _check_count("log_interval", log_interval)
+        check_number("behaviour", behaviour, 0.0, high=1.0)
+        check_integer("gradient_steps", gradient_steps, 1)
+        check_integer("log_interval", log_interval, 1)
         if batch_size is not None:
-            _check_count("batch_size", batch_size)
+            check_integer("batch_size", batch_size, 1)
         if not self._custom_logger:
             self._logger = configure_logger(self.verbose, self.tensorboard_log, f"{type(self).__name__}_pretrain")
         replay = self._offline
@@ -257,13 +255,7 @@ class OfflineTraining(DiffusionOffPolicyAlgorithm):
 
     def _make_buffer(self, stream: Stream) -> ReplayBuffer:
         """A full buffer of the kind that the model would make for itself."""
-        is_dict = isinstance(self.observation_space, spaces.Dict)
-        n_steps = self._resolve_n_steps()
-        kind: type[ReplayBuffer] = DictReplayBuffer if is_dict else ReplayBuffer
-        kwargs: dict[str, Any] = {}
-        if n_steps > 1:
-            kind = DictNStepReplayBuffer if is_dict else NStepReplayBuffer
-            kwargs = {"n_steps": n_steps, "gamma": self.gamma}
+        kind, kwargs = replay_buffer_for(self.observation_space, self._resolve_n_steps(), self.gamma)
         n = len(stream.rewards)
         buffer = kind(n, self.observation_space, self.action_space, self.device, **kwargs)
 
@@ -282,16 +274,6 @@ class OfflineTraining(DiffusionOffPolicyAlgorithm):
     def _resolve_n_steps(self) -> int:
         """Number of steps of the return."""
         raise NotImplementedError
-
-
-def _check_fraction(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} must be a number >= 0 and <= 1, got {value!r}")
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
 
 
 def _check_shape(name: str, value: np.ndarray[Any, Any], space: spaces.Space[Any]) -> None:

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
+from gymnasium import spaces
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
@@ -27,6 +28,9 @@ class DictNStepReplayBuffer(NStepReplayBuffer, DictReplayBuffer):
     :param kwargs: Arguments of ``DictReplayBuffer``
     """
 
+    #: For checkpoints: nothing beyond the rows already written matters
+    rowwise = True
+
     def _get_samples(  # type: ignore[override]
         self, batch_inds: np.ndarray[Any, Any], env: VecNormalize | None = None
     ) -> DictReplayBufferSamples:
@@ -44,3 +48,18 @@ class DictNStepReplayBuffer(NStepReplayBuffer, DictReplayBuffer):
             return {key: self.to_torch(value, copy) for key, value in array.items()}
         tensor: th.Tensor = super().to_torch(array, copy)
         return tensor
+
+
+def replay_buffer_for(
+    observation_space: spaces.Space[Any], n_steps: int, gamma: float
+) -> tuple[type[ReplayBuffer], dict[str, Any]]:
+    """
+    :param observation_space: Observation space
+    :param n_steps: Steps of the return
+    :param gamma: Discount factor
+    :return: Class of the replay buffer, and its arguments besides those that all have
+    """
+    is_dict = isinstance(observation_space, spaces.Dict)
+    if n_steps > 1:
+        return DictNStepReplayBuffer if is_dict else NStepReplayBuffer, {"n_steps": n_steps, "gamma": gamma}
+    return DictReplayBuffer if is_dict else ReplayBuffer, {}

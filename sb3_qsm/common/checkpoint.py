@@ -30,7 +30,6 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_qsm.common.buffers import DictNStepReplayBuffer
 from sb3_qsm.common.files import replacing
 
 CHECKPOINT_NAME = "checkpoint.zip"
@@ -38,8 +37,8 @@ FORMAT = 1
 
 AlgorithmT = TypeVar("AlgorithmT", bound=OffPolicyAlgorithm)
 
-# Buffers of which nothing beyond the rows already written matters; others are stored whole
-_ROWWISE_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer, DictNStepReplayBuffer, HerReplayBuffer)
+# SB3's buffers of which nothing beyond the rows already written matters; ours say so by ``rowwise``. Others are stored whole
+_ROWWISE_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer, HerReplayBuffer)
 # What SB3's callbacks remember between calls (their settings, in contrast, are the new run's)
 _CALLBACK_STATE = (
     "n_calls",

@@ -37,6 +37,32 @@ from sb3_qsm.diffusion import NOISE_SCHEDULES, SAMPLERS
 SelfDiffusionAlgorithm = TypeVar("SelfDiffusionAlgorithm", bound="DiffusionOffPolicyAlgorithm")
 
 
+def check_number(name: str, value: Any, low: float, strict: bool = False, high: float = math.inf) -> None:
+    """
+    :param name: Name of an argument
+    :param value: Its value
+    :param low: Its lower bound
+    :param strict: Whether the lower bound itself is not allowed
+    :param high: Its upper bound
+    :raises ValueError: if the value is not a finite number within the bounds
+    """
+    ok = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or value < low or (strict and value == low) or value > high:
+        upper = "" if high == math.inf else f" and <= {high:g}"
+        raise ValueError(f"{name} must be a number {'>' if strict else '>='} {low:g}{upper}, got {value!r}")
+
+
+def check_integer(name: str, value: Any, low: int) -> None:
+    """
+    :param name: Name of an argument
+    :param value: Its value
+    :param low: Its lower bound
+    :raises ValueError: if the value is not an integer, or is below the bound
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
+        raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
+
+
 class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
     """
     Base of the algorithms that train a diffusion policy from a replay buffer: their common arguments, exploration, checks of
@@ -96,16 +122,10 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
             raise ValueError(f"Unknown {name} {value!r}; known ones: {', '.join(sorted(known))}")
 
     def _check_number(self, name: str, low: float, strict: bool = False, high: float = math.inf) -> None:
-        value = getattr(self, name)
-        ok = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
-        if not ok or value < low or (strict and value == low) or value > high:
-            upper = "" if high == math.inf else f" and <= {high:g}"
-            raise ValueError(f"{name} must be a number {'>' if strict else '>='} {low:g}{upper}, got {value!r}")
+        check_number(name, getattr(self, name), low, strict, high)
 
     def _check_integer(self, name: str, low: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
-            raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
+        check_integer(name, getattr(self, name), low)
 
     def _check_hyperparameters(self) -> None:
         """Refuse arguments out of their range, before anything is built."""
@@ -170,6 +190,13 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         normal = th.randn(steps + 3, *shape, device=self.device)
         t = th.randint(steps, shape[:1], device=self.device)
         return UpdateNoise(latent=normal[0], chain=normal[1 : steps + 1], target=normal[-2], eps=normal[-1], t=t)
+
+    @th.no_grad()
+    def _update_target(self, critic: QCritic, critic_target: QCritic) -> None:
+        """Polyak update of target critics; running statistics follow at once, see SB3 issue #996."""
+        th._foreach_lerp_(tuple(critic_target.parameters()), tuple(critic.parameters()), self.tau)
+        for buffer, target_buffer in zip(critic.buffers(), critic_target.buffers(), strict=True):
+            target_buffer.copy_(buffer)
 
     def _check_finite(self, name: str, metrics: Metrics) -> None:
         """

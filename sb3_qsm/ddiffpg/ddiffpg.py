@@ -433,7 +433,8 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
             metrics.append(self._update_critics(batch, noise))
             metrics.append(self._update_actor(batch, self._ascend_target_actions(batch), noise))
             metrics.append(self._update_novelty(batch))
-            self._update_targets()
+            for critic, critic_target in self.policy.group_critics():
+                self._update_target(critic, critic_target)
 
         self._log(metrics)
 
@@ -538,14 +539,6 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         loss.backward()  # type: ignore[no-untyped-call]
         self.novelty_optimizer.step()
         return {"novelty_loss": loss.detach()}
-
-    @th.no_grad()
-    def _update_targets(self) -> None:
-        """Polyak update of all target critics; running statistics of features extractors are copied."""
-        for critic, critic_target in self.policy.group_critics():
-            th._foreach_lerp_(tuple(critic_target.parameters()), tuple(critic.parameters()), self.tau)
-            for buffer, target_buffer in zip(critic.buffers(), critic_target.buffers(), strict=True):
-                target_buffer.copy_(buffer)
 
     # --- Modes
 

@@ -119,6 +119,15 @@ class ScoreNetwork(nn.Module):
         """
         return linear(self.time_mlp(self.fourier(t)), self.input_layer.weight[:, self.action_dim + self.features_dim :])
 
+    def _caches(self, features: th.Tensor) -> bool:
+        """Whether the table is worth keeping, and a plain tensor of parameters that count their changes."""
+        return (
+            not (th.compiler.is_compiling() or th.is_grad_enabled() or features.is_cuda)
+            and len(features) < MIN_ROWS
+            and not th.is_autocast_enabled("cpu")
+            and not self.input_layer.weight.is_inference()
+        )
+
     def _cached_time_table(self, steps: th.Tensor) -> th.Tensor:
         """:meth:`time_table`, from the last call if nothing in it has changed since."""
         parameters = [steps, self.fourier.weight, *self.time_mlp.parameters(), self.input_layer.weight]
@@ -150,8 +159,7 @@ class ScoreNetwork(nn.Module):
         :return: Function from noised actions and the step, a Python integer, to the predicted noise
         """
         # For a few observations the table is a sixth of the work of acting
-        cached = not (th.compiler.is_compiling() or th.is_grad_enabled() or features.is_cuda) and len(features) < MIN_ROWS
-        table = self._cached_time_table(steps) if cached else self.time_table(steps)
+        table = self._cached_time_table(steps) if self._caches(features) else self.time_table(steps)
         shifts = (table.unsqueeze(1) + self.context(features)).unbind()
         weight = self.input_layer.weight[:, : self.action_dim].t()
         # Called without the look for hooks that a module does first: it costs as much as a small product

@@ -4,8 +4,7 @@ import math
 from typing import Any, ClassVar, TypeVar
 
 import torch as th
-from gymnasium import spaces
-from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import (
@@ -14,13 +13,9 @@ from stable_baselines3.common.type_aliases import (
     ReplayBufferSamples,
     Schedule,
 )
-from stable_baselines3.common.utils import (
-    get_parameters_by_name,
-    polyak_update,
-)
 from torch import nn
 
-from sb3_qsm.common.buffers import DictNStepReplayBuffer
+from sb3_qsm.common.buffers import replay_buffer_for
 from sb3_qsm.common.losses import CriticLoss, Metrics, Transitions, UpdateNoise
 from sb3_qsm.common.performance import check_compiler, check_precision
 from sb3_qsm.common.policies import DiffusionPolicy, QCritic, check_sampling_steps
@@ -310,21 +305,16 @@ class QSM(OfflineTraining):
     def _setup_model(self) -> None:
         self._check_hyperparameters()
         given = self.n_steps, self.replay_buffer_class, self.replay_buffer_kwargs
-        n_steps = self._resolve_n_steps()
-        if n_steps > 1 and self.replay_buffer_class is None:
-            is_dict = isinstance(self.observation_space, spaces.Dict)
-            self.replay_buffer_class = DictNStepReplayBuffer if is_dict else NStepReplayBuffer
-            self.replay_buffer_kwargs = {**self.replay_buffer_kwargs, "n_steps": n_steps, "gamma": self.gamma}
-            n_steps = 1  # nothing is left to SB3, which warns that it ignores it
-        self.n_steps = n_steps
+        self.n_steps = self._resolve_n_steps()
+        if self.replay_buffer_class is None:
+            self.replay_buffer_class, own = replay_buffer_for(self.observation_space, self.n_steps, self.gamma)
+            self.replay_buffer_kwargs = {**self.replay_buffer_kwargs, **own}
+            self.n_steps = 1  # nothing is left to SB3, which would warn that it ignores it
         try:
             super()._setup_model()
         finally:
             # The user's arguments are stored as they were given
             self.n_steps, self.replay_buffer_class, self.replay_buffer_kwargs = given
-        # Running statistics of the features extractors follow the critics at once, see SB3 issue #996
-        self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
-        self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
         if self.compile and any(True for _ in self.actor.features_extractor.parameters()):
             raise ValueError(
                 "compile=True needs a features extractor without parameters, like MlpPolicy's, got "
@@ -371,7 +361,7 @@ class QSM(OfflineTraining):
             if self._n_updates % self.policy_delay == 0:
                 metrics.append(self._update_actor(batch, noise))
             if self._n_updates % self.target_update_interval == 0:
-                self._update_target()
+                self._update_target(self.critic, self.critic_target)
 
         self._log(metrics)
 
@@ -420,12 +410,6 @@ class QSM(OfflineTraining):
         self.q_grad_norm.copy_(metrics.pop("q_grad_norm"))
         return metrics
 
-    def _update_target(self) -> None:
-        """Polyak update of the target critics; running statistics are copied."""
-        with th.no_grad():
-            th._foreach_lerp_(tuple(self.critic_target.parameters()), tuple(self.critic.parameters()), self.tau)
-            polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
-
     def learn(
         self: SelfQSM,
         total_timesteps: int,
@@ -447,8 +431,6 @@ class QSM(OfflineTraining):
     def _excluded_save_params(self) -> list[str]:
         return [
             *super()._excluded_save_params(),
-            "batch_norm_stats",
-            "batch_norm_stats_target",
             "_critic_gradients",
             "_actor_gradients",
         ]
