@@ -45,7 +45,7 @@ def gradients(model):
 
 
 def test_compiled_update_is_the_eager_one(tmp_path):
-    """Also after a changed gamma, tau and learning rate, and in a loaded model."""
+    """Also after a changed gamma, tau, learning rate, target-policy noise and batch size, and in a loaded model."""
     eager, compiled = collect(make_model()), collect(make_model(compile=True))
     assert largest_difference(parameters(eager), parameters(compiled)) == 0.0
     results = []
@@ -54,7 +54,8 @@ def test_compiled_update_is_the_eager_one(tmp_path):
         np.random.seed(1)
         model.train(3, 32)
         model.gamma, model.tau, model.lr_schedule = 0.5, 0.3, lambda _: 1e-2
-        model.train(2, 32)
+        model.target_policy_noise = 0.5
+        model.train(2, 16)
         results.append(parameters(model))
         model.save(tmp_path / "model")
         model.save_replay_buffer(tmp_path / "buffer")
@@ -87,7 +88,7 @@ def test_every_model_compiles_its_own_update(monkeypatch):
 def test_onednn_replaces_the_products_of_a_graph():
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    from sb3_qsm.diffusion.inductor import OneDnnLinear
+    from sb3_qsm.diffusion.inductor import CpuPass
 
     generator = th.Generator().manual_seed(0)
     x, wide, bias, narrow = (th.randn(*shape, generator=generator) for shape in ((32, 64), (48, 64), (48,), (32, 20)))
@@ -98,12 +99,28 @@ def test_onednn_replaces_the_products_of_a_graph():
 
     graph = make_fx(function, tracing_mode="fake")(x, wide, bias, narrow)
     before = sum(node.target in (th.ops.aten.mm.default, th.ops.aten.addmm.default) for node in graph.graph.nodes)
-    OneDnnLinear()(graph.graph)
+    CpuPass(onednn=True)(graph.graph)
     graph.recompile()
     ours = sum(node.target is th.ops.sb3_qsm.linear.default for node in graph.graph.nodes)
     assert (before, ours) == (6, 5)  # all but the product with a single column
     for actual, expected in zip(graph(x, wide, bias, narrow), function(x, wide, bias, narrow), strict=True):
         th.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_reciprocal_square_roots_of_a_graph_are_kept():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from sb3_qsm.diffusion.inductor import CpuPass
+
+    x = th.rand(8, 1, generator=th.Generator().manual_seed(0)) + 0.5
+    graph = make_fx(lambda x: (x.rsqrt() * 2.0, x.rsqrt() + x), tracing_mode="fake")(x)
+    CpuPass(onednn=False)(graph.graph)
+    graph.recompile()
+    for node in graph.graph.nodes:
+        if node.target is th.ops.aten.rsqrt.default:
+            assert [user.target for user in node.users] == [th.ops.prims.inductor_force_stride_order.default]
+    for actual, expected in zip(graph(x), (x.rsqrt() * 2.0, x.rsqrt() + x), strict=True):
+        th.testing.assert_close(actual, expected)
 
 
 @needs_bf16

@@ -82,15 +82,13 @@ def compile_update(function: Callable[..., Any]) -> Callable[..., Any]:
     :param function: A method that is a pure function of tensors on one device, of fixed shapes
     :return: The function, compiled at its first call into one graph without the backward pass of a further derivative
     """
-    from sb3_qsm.diffusion.inductor import OneDnnLinear, options
+    from sb3_qsm.diffusion.inductor import options
 
     # What is compiled belongs to a code object. One for each model, or else PyTorch would take them for versions of one
     # function, of which it compiles only a few
     method: Any = function
     code = types.FunctionType(method.__func__.__code__.replace(), method.__func__.__globals__)
-    compiled = th.compile(
-        types.MethodType(code, method.__self__), fullgraph=True, dynamic=False, options=options(OneDnnLinear())
-    )
+    compiled = th.compile(types.MethodType(code, method.__self__), fullgraph=True, dynamic=False, options=options())
 
     def call(*args: Any) -> Any:
         # Else the parameters would make the graph one to differentiate again, with all that takes kept in memory

@@ -1,5 +1,6 @@
-"""oneDNN in compiled graphs, see :mod:`sb3_qsm.diffusion.linear`. Imports TorchInductor: import it only to compile."""
+"""How the updates are compiled. Imports TorchInductor: import it only to compile."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch as th
@@ -18,39 +19,67 @@ def _linear_shape(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-class OneDnnLinear(CustomGraphPass):
-    """Replaces the float32 matrix products of a graph on the CPU, forward and backward, by oneDNN's."""
+class CpuPass(CustomGraphPass):
+    """
+    Changes to a graph on the CPU, forward and backward.
+
+    :param onednn: Whether to replace the float32 matrix products by oneDNN's
+    """
+
+    def __init__(self, onednn: bool) -> None:
+        self.onednn = onednn
 
     def __call__(self, graph: Graph) -> None:
         """
-        Replace them.
+        Make them.
 
         :param graph: Graph of ATen operators, changed in place
         """
         for node in list(graph.nodes):
-            if node.target is th.ops.aten.mm.default:
-                bias, (a, b) = None, node.args
-            elif node.target is th.ops.aten.addmm.default and not node.kwargs and node.args[0].meta["val"].dim() == 1:
+            if node.target is th.ops.aten.rsqrt.default:
+                self._keep(graph, node)
+            elif self.onednn and node.target is th.ops.aten.mm.default:
+                a, b = node.args
+                self._replace(graph, node, a, b, None)
+            elif (
+                self.onednn
+                and node.target is th.ops.aten.addmm.default
+                and not node.kwargs
+                and node.args[0].meta["val"].dim() == 1
+            ):
                 bias, a, b = node.args
+                self._replace(graph, node, a, b, bias)
+
+    @staticmethod
+    def _keep(graph: Graph, node: Node) -> None:
+        """Have the reciprocal square roots, one a row in layer normalisation, in memory: else each use makes them anew."""
+        value = node.meta["val"]
+        if value.device.type != "cpu":
+            return
+        with graph.inserting_after(node):
+            kept = graph.call_function(th.ops.prims.inductor_force_stride_order.default, (node, list(value.stride())))
+        kept.meta["val"] = value
+        node.replace_all_uses_with(kept, delete_user_cb=lambda user: user is not kept)
+
+    def _replace(self, graph: Graph, node: Node, a: Node, b: Node, bias: Node | None) -> None:
+        """Have oneDNN compute a @ b + bias, if that is worth a call."""
+        product = node.meta["val"]
+        inner, (rows, columns) = a.meta["val"].shape[1], product.shape
+        if product.device.type != "cpu" or product.dtype != th.float32 or inner < 2:
+            return
+        with graph.inserting_before(node):
+            # oneDNN copies an input that is not contiguous: the smaller of the two is it
+            if bias is None and not a.meta["val"].is_contiguous() and columns < rows:
+                if columns < MIN_ROWS or rows * inner < MIN_WEIGHTS:
+                    return
+                product_t = self._linear(graph, _transpose(graph, b), a, None, product.t())
+                new = _transpose(graph, product_t)
             else:
-                continue
-            product = node.meta["val"]
-            inner, (rows, columns) = a.meta["val"].shape[1], product.shape
-            if product.device.type != "cpu" or product.dtype != th.float32 or inner < 2:
-                continue
-            with graph.inserting_before(node):
-                # oneDNN copies an input that is not contiguous: the smaller of the two is it
-                if bias is None and not a.meta["val"].is_contiguous() and columns < rows:
-                    if columns < MIN_ROWS or rows * inner < MIN_WEIGHTS:
-                        continue
-                    product_t = self._linear(graph, _transpose(graph, b), a, None, product.t())
-                    new = _transpose(graph, product_t)
-                else:
-                    if rows < MIN_ROWS or columns * inner < MIN_WEIGHTS:
-                        continue
-                    new = self._linear(graph, a, _transpose(graph, b), bias, product)
-            node.replace_all_uses_with(new)
-            graph.erase_node(node)
+                if rows < MIN_ROWS or columns * inner < MIN_WEIGHTS:
+                    return
+                new = self._linear(graph, a, _transpose(graph, b), bias, product)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
 
     @staticmethod
     def _linear(graph: Graph, x: Node, weight: Node, bias: Node | None, product: th.Tensor) -> Node:
@@ -62,9 +91,9 @@ class OneDnnLinear(CustomGraphPass):
         """
         Tell cached graphs apart.
 
-        :return: Hash of this file
+        :return: Hash of this file and of what the pass does
         """
-        return get_hash_for_files((__file__,))
+        return get_hash_for_files((__file__,), str(self.onednn))
 
 
 def _transpose(graph: Graph, node: Node) -> Node:
@@ -73,14 +102,14 @@ def _transpose(graph: Graph, node: Node) -> Node:
     return transposed
 
 
-def options(onednn: CustomGraphPass) -> dict[str, Any]:
+def _guards(guards: Sequence[Any]) -> list[bool]:
     """
-    :param onednn: The pass above
-    :return: Options of ``torch.compile`` for the updates
+    What to look at before each call: the arguments and PyTorch's own state. The networks and the modules of a model stay the
+    same objects, and to look at all of their parameters takes half a millisecond.
     """
-    # The networks of a model stay the same objects: looking at each of their parameters before every call costs half a
-    # millisecond
-    found: dict[str, Any] = {"guard_filter_fn": th.compiler.skip_guard_on_all_nn_modules_unsafe}
-    if prefers_onednn():
-        found["post_grad_custom_post_pass"] = onednn
-    return found
+    return [guard.name == "" or guard.name.startswith("args") for guard in guards]
+
+
+def options() -> dict[str, Any]:
+    """Options of ``torch.compile`` for the updates."""
+    return {"guard_filter_fn": _guards, "post_grad_custom_post_pass": CpuPass(prefers_onednn())}
