@@ -10,6 +10,7 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_qsm import QSM
+from sb3_qsm.common.policies import set_mode
 from sb3_qsm.diffusion import NOISE_SCHEDULES, SAMPLERS
 from tests.test_run import DummyEnv
 
@@ -275,3 +276,19 @@ def test_mixing_gym_and_vec_env_api():
     model = make_model()
     with pytest.raises(ValueError, match="mixing Gym API"):
         model.predict(model.env.envs[0].reset())
+
+
+def test_mode_of_all_modules_is_set():
+    """As :meth:`torch.nn.Module.train` does it, also where a module has a method of its own."""
+
+    class Frozen(th.nn.BatchNorm1d):
+        def train(self, mode=True):
+            return super().train(False)
+
+    module = th.nn.Sequential(th.nn.Sequential(th.nn.Dropout(), th.nn.Linear(2, 2)), Frozen(2))
+    module.absent = None
+    module.register_module("none", None)
+    for mode in (False, True):
+        set_mode(module, mode)
+        found = [each.training for each in module.modules()]
+        assert found == [each.training for each in module.train(mode).modules()] == [mode] * 4 + [False]

@@ -9,7 +9,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_qsm.common.policies import DiffusionActor, DiffusionPolicy, QCritic
+from sb3_qsm.common.policies import DiffusionActor, DiffusionPolicy, QCritic, set_mode
 from sb3_qsm.ddiffpg.modes import Inheritance
 
 
@@ -261,9 +261,7 @@ class ModePolicy(DiffusionPolicy):
         :param mode: True for training mode
         """
         super().set_training_mode(mode)
-        for critic in self.mode_critics:
-            assert isinstance(critic, QCritic)
-            critic.set_training_mode(mode)
+        set_mode(self.mode_critics, mode)
 
 
 class ModeCnnPolicy(ModePolicy):

@@ -160,16 +160,16 @@ class ScoreNetwork(nn.Module):
         """
         # For a few observations the table is a sixth of the work of acting
         table = self._cached_time_table(steps) if self._caches(features) else self.time_table(steps)
-        context, times = self.context(features), table.unbind()
+        context = self.context(features)
         # For a few observations one operation for all steps; for many that would be a large matrix to write and to read again
         few = not th.compiler.is_compiling() and features.shape[0] < MIN_ROWS
-        shifts = (table.unsqueeze(1) + context).unbind() if few else ()
+        shifts = (table.unsqueeze(1) + context).unbind() if few else table.unbind()
         weight = self.input_layer.weight[:, : self.action_dim].t()
         # Called without the look for hooks that a module does first: it costs as much as a small product
         layers = [layer.bind(features.shape[0]) if isinstance(layer, Linear) else layer.forward for layer in self.trunk]
 
         def predict_noise(x: th.Tensor, t: int) -> th.Tensor:
-            hidden = th.addmm(shifts[t], x, weight) if few else th.addmm(context, x, weight).add_(times[t])
+            hidden = th.addmm(shifts[t], x, weight) if few else th.addmm(context, x, weight).add_(shifts[t])
             for layer in layers:
                 hidden = layer(hidden)
             return hidden
