@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import io
 import logging
 import os
 import warnings
@@ -24,6 +25,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
+from sb3_qsm.common.files import replacing
 from sb3_qsm.common.policies import DiffusionPolicy, check_sampling_steps
 from sb3_qsm.diffusion import SAMPLERS, ddim
 
@@ -57,24 +59,24 @@ def to_onnx(
         importlib.import_module("onnxscript")
     except ImportError as error:
         raise ImportError('Export to ONNX needs onnx and onnxscript: pip install "sb3-qsm[export]"') from error
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     observation, *noise = program.example_inputs[0]
     names = [f"observation.{key}" for key in observation] if isinstance(observation, dict) else ["observation"]
     with warnings.catch_warnings():
         # PyTorch's of its own code, and that it skips the operators of torchvision where that is not installed
         warnings.simplefilter("ignore", FutureWarning)
         logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
-        th.onnx.export(
+        onnx_program = th.onnx.export(
             program,
             (),
-            path,
             verbose=False,
             input_names=[*names, *("latent", "chain")[: len(noise)]],
             output_names=["action"],
             opset_version=opset_version,
-            external_data=False,
             dynamo=True,
         )
+    assert onnx_program is not None
+    with replacing(Path(path)) as file:
+        file.write(onnx_program.model_proto.SerializeToString())
 
 
 def to_torch_export(
@@ -97,8 +99,11 @@ def to_torch_export(
     :raises ValueError: if an argument is out of its range, or ``vec_normalize`` does not fit the model
     """
     program = _export(model, deterministic, sampling_steps, vec_normalize)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    th.export.save(program, path)
+    # Not straight to the file: PyTorch's writer ends the process when the disk is full
+    buffer = io.BytesIO()
+    th.export.save(program, buffer)
+    with replacing(Path(path)) as file:
+        file.write(buffer.getbuffer())
 
 
 class PolicyGraph(nn.Module):

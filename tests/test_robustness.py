@@ -19,6 +19,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from sb3_qsm import QSM
 from sb3_qsm.common.checkpoint import CHECKPOINT_NAME, RunCheckpointCallback, read_info, resume
 from sb3_qsm.common.files import replacing
+from sb3_qsm.export import to_torch_export
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"learning_starts": 10, "batch_size": 8, "buffer_size": 2000, "diffusion_steps": 2, "policy_kwargs": {"net_arch": [8]}}
@@ -68,6 +69,7 @@ def run_on_full_disk(kind, folder):
     for save, load, name in (
         (model.save, QSM.load, "model.zip"),
         (model.save_safe, QSM.load_safe, "model.safetensors"),
+        (lambda path: to_torch_export(model, path), None, "policy.pt2"),
     ):
         save(folder / name)
         old = (folder / name).read_bytes()
@@ -76,12 +78,12 @@ def run_on_full_disk(kind, folder):
             save(folder / name)
         free()
         assert (folder / name).read_bytes() == old
-        assert load(folder / name).num_timesteps == 300
+        assert load is None or load(folder / name).num_timesteps == 300
 
     model = resume(QSM, run, gym.make("Pendulum-v1"))
     model.learn(370, callback=callback, reset_num_timesteps=False)
     assert read_info(run)["num_timesteps"] == 400
-    assert {path.name for path in folder.iterdir()} == {"run", "model.zip", "model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {"run", "model.zip", "model.safetensors", "policy.pt2"}
 
 
 def test_full_disk(tmp_path):
