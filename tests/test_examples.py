@@ -1,10 +1,14 @@
 """The scripts in examples/, run as a user runs them."""
 
+import ast
 import importlib.util
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +16,8 @@ import numpy as np
 import pytest
 
 from sb3_qsm import QSM
+from sb3_qsm.common.checkpoint import read_info
+from sb3_qsm.export import to_onnx
 
 pytest.importorskip("mujoco")
 image = pytest.importorskip("matplotlib.image")
@@ -130,19 +136,149 @@ def test_quickstart_says_which_folder_it_cannot_create(quickstart: ModuleType, t
         quickstart.new_folder(tmp_path / "file" / "run")
 
 
-def test_replanning():
-    pytest.importorskip("dtaidistance")
-    script = SCRIPT.with_name("replanning.py")
+def numbers(pattern: str, stdout: str) -> list[float]:
+    """What the groups of a pattern are in the output; all of them finite."""
+    found = re.search(pattern, stdout)
+    assert found is not None, stdout
+    values = [float(value) for value in found.groups()]
+    assert np.isfinite(values).all(), stdout
+    return values
+
+
+def run_example(name: str, *args: str, folder: Path) -> str:
+    """Run a script in a folder; returns what it printed."""
     finished = subprocess.run(
-        [sys.executable, str(script), "--timesteps", "120", "--episodes", "1"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, str(SCRIPT.with_name(name)), *args],
+        cwd=folder,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
+        encoding="utf-8",
         timeout=600,
         check=False,
     )
     assert finished.returncode == 0, finished.stderr
-    assert "modes after 120 steps" in finished.stdout
+    return finished.stdout
+
+
+def check_own_environment(folder: Path) -> None:
+    before, after = numbers(
+        r"before training (\S+), after 110 steps (\S+)", run_example("own_environment.py", "--timesteps", "110", folder=folder)
+    )
+    # At most five tens of degrees away, or one and a half, in each of 50 steps
+    assert -50 * 7.6 < min(before, after) <= max(before, after) < 0
+
+
+def check_goals(folder: Path) -> None:
+    (share,) = numbers(r"reached in (\d+)% of 50 episodes", run_example("goals.py", "--timesteps", "120", folder=folder))
+    assert 0 <= share <= 100
+
+
+def check_images(folder: Path) -> None:
+    stdout = run_example("images.py", "--timesteps", "115", folder=folder)
+    assert "pictures of (3, 64, 64)" in stdout
+    numbers(r"return (\S+) ± (\S+) after 115 steps", stdout)
+
+
+def check_vectorized(folder: Path) -> None:
+    stdout = run_example("vectorized.py", "--timesteps", "120", "--out", "run", folder=folder)
+    mean, _ = numbers(r"return (\S+) ± (\S+) after 120 steps", stdout)
+    assert -2000 < mean < -100  # of the task, not normalised
+    assert QSM.load(folder / "run" / "model")._n_updates == 20  # those after learning_starts: one each step
+    assert (folder / "run" / "vecnormalize.pkl").stat().st_size > 0
+
+
+def check_callbacks(folder: Path) -> None:
+    stdout = run_example("callbacks.py", "--timesteps", "204", "--out", "run", folder=folder)
+    assert len(re.findall(r"^step \d+: return", stdout, re.MULTILINE)) == 4
+    numbers(r"1 training episodes, the last return (\S+)", stdout)
+    run = folder / "run"
+    assert np.load(run / "evaluations.npz")["timesteps"].tolist() == [51, 102, 153, 204]
+    checkpoints = {path.name for path in (run / "checkpoints").iterdir()}
+    assert checkpoints == {f"qsm_{step}_steps.zip" for step in (51, 102, 153, 204)}
+    assert image.imread(run / "actions.png").std() > 0.05
+
+
+def check_tuning(folder: Path) -> None:
+    pytest.importorskip("rl_zoo3")
+    stdout = run_example("tuning.py", "--timesteps", "102", "--trials", "2", folder=folder)
+    best, trial = numbers(r"best return (\S+) in trial (\d)", stdout)
+    assert best < 0
+    assert trial in (0, 1)
+    found = re.search(r"QSM arguments: (.*)", stdout)
+    assert found is not None
+    QSM("MlpPolicy", "Pendulum-v1", **ast.literal_eval(found[1]), buffer_size=10)
+
+
+def check_resume(folder: Path) -> None:
+    script = [sys.executable, str(SCRIPT.with_name("resume.py")), "--save-freq", "50", "--out", "run"]
+    killed = subprocess.Popen([*script, "--timesteps", "1000000"], cwd=folder, stdout=subprocess.DEVNULL)
+    checkpoint, deadline = folder / "run" / "checkpoint.zip", time.monotonic() + 600
+    while not checkpoint.exists() and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    reached = read_info(checkpoint)["num_timesteps"]
+    assert reached % 50 == 0
+    stdout = run_example("resume.py", "--out", "run", "--timesteps", str(reached + 5), folder=folder)
+    assert f"going on after {reached} steps" in stdout
+    assert f"done after {reached + 5} steps" in stdout
+    assert QSM.load(folder / "run" / "model").num_timesteps == reached + 5
+
+
+def check_export(folder: Path) -> None:
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    (difference,) = numbers(
+        r"at most (\S+) from the model's",
+        run_example("export_onnx.py", "--timesteps", "105", "--out", "run", folder=folder),
+    )
+    assert difference < 1e-5
+    observations = np.array([[1.0, 0.0, 0.0], [0.6, -0.8, 2.0]], np.float32)
+    (actions,) = onnxruntime.InferenceSession(folder / "run" / "policy.onnx").run(["action"], {"observation": observations})
+    expected, _ = QSM.load(folder / "run" / "model").predict(observations, deterministic=True)
+    np.testing.assert_allclose(actions, expected, atol=1e-5)
+
+
+def check_act(folder: Path) -> None:
+    pytest.importorskip("onnxscript")
+    to_onnx(QSM("MlpPolicy", "Pendulum-v1", buffer_size=10, diffusion_steps=2), folder / "policy.onnx")
+    # The script as it stands, and after it a look at what it has imported
+    code = (
+        "import runpy, sys; sys.argv = ['act_onnx.py', 'policy.onnx', '--episodes', '1']\n"
+        f"runpy.run_path({str(SCRIPT.with_name('act_onnx.py'))!r}, run_name='__main__')\n"
+        "print('imported:', *{'torch', 'stable_baselines3', 'sb3_qsm', 'onnx'} & set(sys.modules))"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, encoding="utf-8", check=False)
+    assert finished.returncode == 0, finished.stderr
+    numbers(r"return (\S+) ± (\S+) over 1 episodes", finished.stdout)
+    assert finished.stdout.splitlines()[-1] == "imported:"
+
+
+def check_replanning(folder: Path) -> None:
+    pytest.importorskip("dtaidistance")
+    assert "modes after 120 steps" in run_example("replanning.py", "--timesteps", "120", "--episodes", "1", folder=folder)
+
+
+CHECKS = {
+    "act_onnx.py": check_act,
+    "callbacks.py": check_callbacks,
+    "export_onnx.py": check_export,
+    "goals.py": check_goals,
+    "images.py": check_images,
+    "own_environment.py": check_own_environment,
+    "quickstart.py": lambda folder: None,  # by the tests above
+    "replanning.py": check_replanning,
+    "resume.py": check_resume,
+    "tuning.py": check_tuning,
+    "vectorized.py": check_vectorized,
+}
+
+
+@pytest.mark.parametrize("name", sorted({path.name for path in SCRIPT.parent.glob("*.py")} | CHECKS.keys()))
+def test_example_does_what_it_promises(name: str, tmp_path: Path):
+    assert name in CHECKS, f"examples/{name} has no test: write one and list it in CHECKS"
+    CHECKS[name](tmp_path)
 
 
 def test_replanning_changes_the_mode_where_it_is_blocked():
