@@ -68,6 +68,7 @@ PRESETS: dict[str, Callable[[int, int], dict[str, Any]]] = {
         "gradient_critic": "target",
         "critic_reduction": "mean",
         "target_policy_noise": 0.0,
+        "exploration_noise": 0.1,
         "exploration_initial_eps": 0.0,
         "policy_kwargs": {"critic_layer_norm": False},
     },
