@@ -23,7 +23,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 .NOTPARALLEL:
 # A stamp whose recipe failed is no stamp.
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow lint format type docs clean
+.PHONY: help quickstart test test-slow lint format type docs linkcheck clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ type: $(VENV)/.dev  ## Check types
 
 docs: $(VENV)/.docs  ## Build the documentation into docs/_build/html; a warning is an error
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+linkcheck: $(VENV)/.docs  ## Check the links of the documentation to other sites
+	$(BIN)/sphinx-build -b linkcheck docs docs/_build/linkcheck
 
 clean:  ## Remove the virtual environment, caches and built files; what training wrote to runs/ and logs/ stays
 	rm -rf $(VENV) build dist docs/_build htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache

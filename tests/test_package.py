@@ -1,12 +1,19 @@
 """What is shipped: version, imports, wheel, dependencies, and the snippets of the documentation."""
 
 import configparser
+import contextlib
+import functools
 import importlib
+import io
+import os
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,13 +21,25 @@ import pytest
 import sb3_qsm
 
 ROOT = Path(__file__).parents[1]
-MARKDOWN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# A snippet that needs something the text made before says so in a comment above it
-SNIPPET = re.compile(r"(?<!-->\n)^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+MARKDOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# A snippet that needs something the text made before says so in a comment above it, and a script its arguments
+SNIPPET = re.compile(r"(?:(?<!-->\n)|^<!-- arguments: (.*) -->\n)^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SNIPPETS = [
-    pytest.param(code, id=f"{path.stem}-{number}")
+    pytest.param(code, arguments.split(), id=f"{path.stem}-{number}")
     for path in MARKDOWN
-    for number, code in enumerate(SNIPPET.findall(path.read_text("utf-8")))
+    for number, (arguments, code) in enumerate(SNIPPET.findall(path.read_text("utf-8")))
+]
+# Shell blocks, without what a backslash breaks into lines
+SHELL = re.compile(r"^```(?:bash|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+COMMANDS = [
+    pytest.param(line.split(maxsplit=1)[1], id=f"{path.stem}-{number}")
+    for path in MARKDOWN
+    for number, line in enumerate(
+        line.strip()
+        for block in SHELL.findall(path.read_text("utf-8"))
+        for line in block.replace("\\\n", " ").splitlines()
+        if line.strip().startswith("sb3-qsm ")
+    )
 ]
 
 
@@ -102,6 +121,30 @@ def test_console_scripts_of_the_wheel_exist(wheel: Path):
         assert callable(getattr(importlib.import_module(module), name))
 
 
+@pytest.mark.slow
+def test_wheel_in_an_empty_environment_runs_the_readme(wheel: Path, tmp_path: Path):
+    """Installs torch and the other dependencies, so it needs a package index."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    install = [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", wheel, "gymnasium[classic-control]"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run(install, cwd=tmp_path, env=environment, check=True)
+    code = next(code for _, code in SNIPPET.findall((ROOT / "README.md").read_text("utf-8")))
+    code = code.replace("10_000", "110")
+    finished = subprocess.run(
+        [python, "-c", f"{code}\nimport sb3_qsm; print(sb3_qsm.__file__)"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert re.match(r"return -\d+ ± \d+\n", finished.stdout)
+    assert str(tmp_path) in finished.stdout.splitlines()[-1]
+
+
 def test_dependencies_are_bounded_and_the_tested_versions_are_within():
     tomllib = pytest.importorskip("tomllib")
     from packaging.requirements import Requirement
@@ -125,16 +168,53 @@ def test_dependencies_are_bounded_and_the_tested_versions_are_within():
             )
 
 
-@pytest.mark.parametrize("code", SNIPPETS)
-def test_documented_python_runs(code: str, tmp_path: Path):
-    # Fewer steps; everything else runs as it stands in the text
-    code = re.sub(r"(\.(?:learn|pretrain)\((?:total_timesteps=)?)[\d_]+", r"\g<1>150", code)
+@pytest.mark.parametrize(("code", "arguments"), SNIPPETS)
+def test_documented_python_runs(code: str, arguments: list[str], tmp_path: Path):
+    # Fewer steps, of which the first 100 are random; everything else runs as it stands in the text
+    code = re.sub(r"(\.learn\((?:total_timesteps=)?)[\d_]+", r"\g<1>110", code)
+    code = re.sub(r"(\.pretrain\()[\d_]+", r"\g<1>10", code)
     finished = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *arguments],
         cwd=tmp_path,
+        # Several threads wait for one another wherever something else runs beside them
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=600,
         check=False,
     )
     assert finished.returncode == 0, f"{code}\n{finished.stderr}"
+
+
+@pytest.fixture(scope="module")
+def cli_help() -> Callable[[str], str]:
+    """The help of a subcommand."""
+    pytest.importorskip("rl_zoo3")
+    from sb3_qsm.zoo.cli import main
+
+    @functools.cache
+    def text(command: str) -> str:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+            main([command, "--help"])
+        return printed.getvalue()
+
+    return text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_documented_options_exist(command: str, cli_help: Callable[[str], str]):
+    subcommand, *arguments = shlex.split(command, comments=True)
+    text = cli_help(subcommand)
+    assert text.startswith(f"usage: sb3-qsm {subcommand}")
+    for argument in arguments:
+        if re.match(r"--?[a-zA-Z]", argument):
+            assert re.search(rf"(?<![\w-]){re.escape(argument)}(?![\w-])", text), f"{subcommand} has no option {argument}"
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: path.stem)
+def test_documented_links_to_files(path: Path):
+    text = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)#\s]+)", text):
+        if not re.match(r"[a-z]+:", target):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}, which is not there"
