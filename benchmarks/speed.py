@@ -318,7 +318,7 @@ def markdown(table: list[Row]) -> str:
 
 def plot(table: list[Row], path: Path) -> None:
     """
-    :param table: Rows of the CSV
+    :param table: Rows of the CSV; without any of the sections that are drawn there is no picture
     :param path: Picture to write
     """
     import matplotlib
@@ -331,6 +331,8 @@ def plot(table: list[Row], path: Path) -> None:
     bars = {section: title for section, title in bars.items() if section in by_section}
     curve = by_section.get("gradient step against T", [])
     panels = len(bars) + bool(curve)
+    if not panels:
+        return
     figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 4), constrained_layout=True, squeeze=False)
     for ax, (section, title) in zip(axes[0], bars.items(), strict=False):
         lines = by_section[section]
