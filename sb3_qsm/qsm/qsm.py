@@ -175,7 +175,7 @@ class QSM(OfflineTraining):
         target_update_interval: int = 1,
         best_of_n: int = 1,
         sampling_steps: int | None = None,
-        exploration_noise: float = 0.2,
+        exploration_noise: float = 0.1,
         exploration_initial_eps: float = 0.5,
         exploration_decay_steps: int = 10_000,
         compile: bool = False,
