@@ -2,7 +2,8 @@
 The defaults learn: the median of three seeds reaches a return that a broken build does not (minutes a test).
 
 With the wrong sign in the score target Pendulum returns -1,800 to -1,860 and InvertedDoublePendulum 20 to 22. Without sigma_t
-both are learned all the same: that is for test_closed_form.py to find.
+both are learned all the same, but HalfCheetah more slowly: 491, 1,129 and 1,316 after 20,000 steps, where the defaults had
+1,922, 3,086 and 3,190.
 """
 
 import statistics
@@ -35,3 +36,7 @@ def test_pendulum() -> None:
 
 def test_inverted_double_pendulum() -> None:
     assert median_return("InvertedDoublePendulum-v5", 20_000) >= 9_000
+
+
+def test_half_cheetah() -> None:
+    assert median_return("HalfCheetah-v5", 20_000) >= 2_000
