@@ -91,7 +91,7 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
     :param target_action_steps: Steps uphill of a target action each time it is replayed
     :param target_action_lr: Their learning rate
     :param mode_embedding_dim: Size of the embeddings of the modes
-    :param mode_dropout: Probability that an embedding is left out in training
+    :param mode_dropout: Probability that the embedding is left out in training, in the successful episodes of modes
     :param intrinsic_reward_scale: Factor on the intrinsic reward
     :param novelty_learning_rate: Learning rate of the novelty's predictor
     :param n_atoms: Number of atoms of categorical critics (C51); 0 for plain ones
@@ -438,11 +438,15 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
 
         self._log(metrics)
 
-    def _contexts(self, sizes: list[int], dropout: float = 0.0) -> th.Tensor:
-        """Embeddings of a batch in groups; those of modes are left out with some probability, which stands for any mode."""
-        groups = th.repeat_interleave(th.tensor(sizes)).to(self.device)
-        kept = (th.rand(len(groups), 1, device=self.device) >= dropout) | (groups == 0).unsqueeze(1)
-        return self.actor.mode_embeddings[groups] * kept
+    def _contexts(self, batch: ModeBatch, dropout: float = 0.0) -> th.Tensor:
+        """
+        Embeddings of a batch. In the successful episodes of modes they are left out with some probability, which stands for
+        any mode: a failure belongs to its mode by nearness alone, and its states may be another mode's, whose way the actor
+        would be told to leave.
+        """
+        groups = th.repeat_interleave(th.tensor(batch.sizes)).to(self.device)
+        dropped = (th.rand(len(groups), device=self.device) < dropout) & batch.successes & (groups > 0)
+        return self.actor.mode_embeddings[groups] * ~dropped.unsqueeze(1)
 
     def _update_critics(self, batch: ModeBatch, noise: UpdateNoise) -> Metrics:
         """
@@ -454,7 +458,7 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         with th.no_grad():
             novelty, next_novelty = self.novelty(batch.positions), self.novelty(batch.next_positions)
             intrinsic = noveld_reward(novelty, next_novelty, self.intrinsic_reward_scale).unsqueeze(1)
-            features = self.actor.features(data.next_observations, self._contexts(batch.sizes))
+            features = self.actor.features(data.next_observations, self._contexts(batch))
             next_actions = losses[0].next_actions(features, noise, self.target_policy_noise)
         values, q_values = [], []
         for group, (part, loss) in enumerate(zip(_parts(batch.sizes), losses, strict=True)):
@@ -519,7 +523,7 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
 
     def _update_actor(self, batch: ModeBatch, target_actions: th.Tensor, noise: UpdateNoise) -> Metrics:
         """One step on the ordinary loss of a diffusion model, || eps(s, mode, a_t, t) - eps ||^2, at the target actions."""
-        features = self.actor.features(batch.transitions.observations, self._contexts(batch.sizes, self.mode_dropout))
+        features = self.actor.features(batch.transitions.observations, self._contexts(batch, self.mode_dropout))
         noisy_actions = self.actor.schedule.add_noise(target_actions, noise.eps, noise.t)
         loss = noise_prediction_loss(self.actor.predict_noise(features, noisy_actions, noise.t), noise.eps)
         self.actor.optimizer.zero_grad()

@@ -4,6 +4,7 @@ import inspect
 import itertools
 import math
 from copy import deepcopy
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -233,9 +234,14 @@ def test_target_actions_are_kept_and_moved_on():
     assert np.abs(buffer.target_actions).max() <= 1.0
 
 
-def test_embeddings_are_left_out_half_of_the_time():
+def groups_of(sizes, successes):
+    """As much of a batch as the embeddings need."""
+    return SimpleNamespace(sizes=sizes, successes=th.as_tensor(successes))
+
+
+def test_embeddings_are_left_out_in_half_of_the_successes():
     model = make_trained()
-    contexts = model._contexts([1000, 2000, 3000], 0.5)
+    contexts = model._contexts(groups_of([1000, 2000, 3000], [True] * 6000), 0.5)
     embeddings = model.actor.mode_embeddings
     assert th.equal(contexts[:1000], embeddings[:1].expand(1000, -1))
     for mode, part in ((1, contexts[1000:3000]), (2, contexts[3000:])):
@@ -244,7 +250,19 @@ def test_embeddings_are_left_out_half_of_the_time():
         assert th.equal(part[~dropped], embeddings[mode].expand(int((~dropped).sum()), -1))
     assert len({tuple(row) for row in embeddings.tolist()}) == 3
     for probability, share in ((0.0, 0.0), (1.0, 1.0)):
-        assert (model._contexts([0, 50], probability)[:, 0] == 0).float().mean() == share
+        batch = groups_of([0, 50], [True] * 20 + [False] * 30)
+        dropped = model._contexts(batch, probability)[:, 0] == 0
+        assert dropped[:20].float().mean() == share
+        assert not dropped[20:].any()
+
+
+def test_successes_are_those_of_whole_episodes():
+    model = make_trained()
+    buffer = model.replay_buffer
+    batch = buffer.sample_groups(60, len(model.modes))
+    rows = {row: trajectory.success for trajectory in buffer.trajectories.values() for row in trajectory.rows.tolist()}
+    assert batch.successes.tolist() == [rows.get(row, False) for row in batch.rows.tolist()]
+    assert 0 < batch.successes.sum() < 60
 
 
 @pytest.mark.parametrize("steps", [0, 3])
