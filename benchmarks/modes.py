@@ -6,7 +6,8 @@ Which of several ways to succeed QSM, DDiffPG, SAC and TD3 find and keep.
     python benchmarks/modes.py report
 
 A run trains one agent on one thread, goes on from its checkpoint when it was killed, and writes its evaluations to a CSV in
-the end; a run that has its CSV is done. Several processes can share the folder: each takes the runs that no other one holds.
+the end, and the paths of its sampled episodes to another one; a run that has its CSV is done. Several processes can share the
+folder: each takes the runs that no other one holds. The report makes a table of all evaluations and a picture of the paths.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import numpy as np
 import stable_baselines3
 import torch as th
 from filelock import FileLock, Timeout
+from matplotlib.figure import Figure
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -32,7 +34,8 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 import sb3_qsm.envs  # noqa: F401  registers the environments
 from sb3_qsm import QSM, DDiffPG
 from sb3_qsm.common.checkpoint import CHECKPOINT_NAME, RunCheckpointCallback, resume
-from sb3_qsm.evaluation import ModeCounts, count_modes
+from sb3_qsm.evaluation import Episode, ModeCounts, count_modes
+from sb3_qsm.plots import first_two, plot_trajectories
 
 RESULTS = Path(__file__).parent / "results" / "modes"
 SEEDS = (0, 1, 2)
@@ -49,7 +52,7 @@ class Task:
     :param timesteps: Length of a training
     :param routes: Whether the ways are routes, which can be blocked
     :param arguments: Constructor arguments for every algorithm
-    :param ddiffpg: Further ones of DDiffPG
+    :param own: Further ones of some
     """
 
     env: str
@@ -57,23 +60,30 @@ class Task:
     timesteps: int
     routes: bool = False
     arguments: dict[str, Any] = field(default_factory=dict)
-    ddiffpg: dict[str, Any] = field(default_factory=dict)
+    own: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-SMALL = {"policy_kwargs": {"net_arch": [64, 64]}}
-# Random at first, so that every goal is found a few times before one of them is preferred
-POINT = {
-    "learning_starts": 3000,
-    "exploration_decay_steps": 4000,
-    "batch_size": 128,
-    "clustering_freq": 500,
-    "target_action_steps": 10,
-}
-MAZE = {"position": [0, 1]}
+MAZE = {"ddiffpg": {"position": [0, 1]}}
 TASKS = {
-    "point": Task("sb3_qsm/NGoalPoint-v0", 4, 10_000, arguments=SMALL, ddiffpg=POINT),
-    "two-routes": Task("sb3_qsm/PointMaze_TwoRoutes-v0", 2, 100_000, routes=True, ddiffpg=MAZE),
-    "four-goals": Task("sb3_qsm/PointMaze_FourGoals-v0", 4, 100_000, ddiffpg=MAZE),
+    "point": Task(
+        "sb3_qsm/NGoalPoint-v0",
+        4,
+        20_000,
+        # Every goal is found a few times before one of them is preferred
+        arguments={"learning_starts": 3000},
+        own={
+            "ddiffpg": {"exploration_decay_steps": 6000},
+            # The gradient at the noised action follows the nearest hill of the critic; see the page on modes
+            "qsm": {
+                "score_target": "noised",
+                "n_steps": 1,
+                "exploration_initial_eps": 1.0,
+                "exploration_decay_steps": 20_000,
+            },
+        },
+    ),
+    "two-routes": Task("sb3_qsm/PointMaze_TwoRoutes-v0", 2, 100_000, routes=True, own=MAZE),
+    "four-goals": Task("sb3_qsm/PointMaze_FourGoals-v0", 4, 100_000, own=MAZE),
 }
 ALGORITHMS: dict[str, type[OffPolicyAlgorithm]] = {
     "ddiffpg": DDiffPG,
@@ -81,6 +91,7 @@ ALGORITHMS: dict[str, type[OffPolicyAlgorithm]] = {
     "sac": stable_baselines3.SAC,
     "td3": stable_baselines3.TD3,
 }
+NAMES = {"ddiffpg": "DDiffPG", "qsm": "QSM", "sac": "SAC", "td3": "TD3"}
 COLUMNS = ("task", "algo", "seed", "timesteps", "evaluation", "episodes", "success_rate", "mean_return", "entropy", "counts")
 
 
@@ -93,7 +104,7 @@ def make_model(task: Task, algo: str, seed: int) -> OffPolicyAlgorithm:
     """
     env = make_vec_env(task.env, seed=seed)
     # SB3 writes to the policy's arguments
-    arguments = copy.deepcopy({**task.arguments, **(task.ddiffpg if algo == "ddiffpg" else {})})
+    arguments = copy.deepcopy({**task.arguments, **task.own.get(algo, {})})
     if algo == "td3":
         n_actions = int(np.prod(env.action_space.shape))
         arguments["action_noise"] = NormalActionNoise(np.zeros(n_actions), np.full(n_actions, 0.1))
@@ -154,8 +165,14 @@ def run(task_name: str, algo: str, seed: int, out: Path, timesteps: int | None) 
         print(f"{path.name}: from step {model.num_timesteps} to {timesteps}", flush=True)
         checkpoints = RunCheckpointCallback(10_000, folder)
         model.learn(timesteps - model.num_timesteps, checkpoints, log_interval=10**9, reset_num_timesteps=not resumed)
-        rows = []
+        rows, paths = [], []
         for evaluation, counts in evaluate(model, task):
+            if evaluation == "any":
+                for number, episode in enumerate(counts.episodes):
+                    for x, y in map(first_two, episode.observations):
+                        paths.append(
+                            [number, "" if episode.mode is None else episode.mode, round(float(x), 3), round(float(y), 3)]
+                        )
             rows.append(
                 {
                     "task": task_name,
@@ -171,6 +188,10 @@ def run(task_name: str, algo: str, seed: int, out: Path, timesteps: int | None) 
                 }
             )
             print(f"  {evaluation}: success {counts.success_rate:.2f}, {rows[-1]['counts']}", flush=True)
+        with path.with_name(f"{path.stem}_paths.csv").open("w", newline="") as file:
+            writer_of_paths = csv.writer(file)
+            writer_of_paths.writerow(["episode", "mode", "x", "y"])
+            writer_of_paths.writerows(paths)
         temporary = folder / path.name
         with temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
@@ -181,12 +202,67 @@ def run(task_name: str, algo: str, seed: int, out: Path, timesteps: int | None) 
         shutil.rmtree(folder)
 
 
+def read_paths(path: Path) -> ModeCounts:
+    """
+    :param path: CSV of paths that :func:`run` wrote
+    :return: Its episodes, without their returns
+    """
+    modes: dict[str, str] = {}
+    points: dict[str, list[Any]] = {}
+    for row in csv.DictReader(path.open()):
+        modes[row["episode"]] = row["mode"]
+        points.setdefault(row["episode"], []).append(np.array([float(row["x"]), float(row["y"])]))
+    return ModeCounts(
+        [
+            Episode(points[episode], int(mode) if mode else None, bool(mode), total_reward=float("nan"))
+            for episode, mode in modes.items()
+        ]
+    )
+
+
+def draw(task_name: str, out: Path) -> Path | None:
+    """
+    Draw the paths of a task: a row for each seed, a column for each algorithm.
+
+    :param task_name: Name of the task
+    :param out: Folder of the CSVs
+    :return: The picture, None if there is no finished run
+    """
+    found = {
+        (algo, seed): path
+        for algo in ALGORITHMS
+        for seed in SEEDS
+        if (path := out / f"{task_name}_{algo}_{seed}_paths.csv").exists()
+    }
+    if not found:
+        return None
+    algos = [algo for algo in ALGORITHMS if any(algo == other for other, _ in found)]
+    seeds = sorted({seed for _, seed in found})
+    figure = Figure(figsize=(4.3 * len(algos), 3.2 * len(seeds)), layout="compressed")
+    grid = figure.subplots(len(seeds), len(algos), squeeze=False)
+    env = gym.make(TASKS[task_name].env)
+    for i, seed in enumerate(seeds):
+        for j, algo in enumerate(algos):
+            axes = grid[i, j]
+            if (algo, seed) not in found:
+                axes.set_axis_off()
+                continue
+            counts = read_paths(found[algo, seed])
+            plot_trajectories(counts, env, axes=axes)
+            axes.set_title(f"{NAMES[algo]}, seed {seed}: success {counts.success_rate:.2f}", fontsize=10)
+    env.close()
+    picture = out / f"{task_name}.png"
+    figure.savefig(picture, dpi=110)
+    return picture
+
+
 def report(out: Path) -> str:
     """
     :param out: Folder of the CSVs
     :return: Table of all evaluations, in Markdown
     """
-    rows = [row for path in sorted(out.glob("*.csv")) for row in csv.DictReader(path.open())]
+    files = [path for path in sorted(out.glob("*.csv")) if not path.stem.endswith("_paths")]
+    rows = [row for path in files for row in csv.DictReader(path.open())]
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
     lines += [f"| {' | '.join(row[column] for column in COLUMNS)} |" for row in rows]
     return "\n".join(lines) + "\n"
@@ -203,7 +279,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSVs")
     args = parser.parse_args()
     if args.command == "report":
-        (args.out / "README.md").write_text(f"# Modes\n\n`python benchmarks/modes.py run`\n\n{report(args.out)}")
+        pictures = [draw(task, args.out) for task in args.task]
+        images = "".join(f"![Paths of sampled episodes]({picture.name})\n\n" for picture in pictures if picture is not None)
+        (args.out / "README.md").write_text(f"# Modes\n\n`python benchmarks/modes.py run`\n\n{images}{report(args.out)}")
         return
     th.set_num_threads(1)
     for seed in args.seed:

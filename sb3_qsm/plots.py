@@ -279,6 +279,7 @@ def plot_trajectories(
     modes: ModeCounts,
     env: gym.Env[Any, Any] | VecEnv | None = None,
     position: Callable[[Observation], npt.ArrayLike] = first_two,
+    axes: Axes | None = None,
 ) -> Figure:
     """
     Episodes in the plane, coloured by the mode that they reached; failed ones are grey.
@@ -286,9 +287,11 @@ def plot_trajectories(
     :param modes: What :func:`sb3_qsm.evaluation.count_modes` found
     :param env: Environment of :mod:`sb3_qsm.envs`, whose goals and obstacles are drawn; None to leave them out
     :param position: Function from an observation to the position, shape ``(2,)``
+    :param axes: Where to draw, in a figure of the caller's; by default in a new one
     :return: The figure
     """
-    figure, (axes,) = _new_figure(size=(5.0, 3.6))
+    if axes is None:
+        _, (axes,) = _new_figure(size=(5.0, 3.6))
     plane = _unwrapped(env)
     patches = importlib.import_module("matplotlib.patches")
     if hasattr(plane, "goals") and hasattr(plane, "obstacles"):
@@ -315,6 +318,7 @@ def plot_trajectories(
     legend = axes.legend(*_sorted_legend(axes), loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False)
     for handle in legend.get_lines():
         handle.set(linewidth=2.5, alpha=1.0)
+    figure: Figure = axes.figure  # type: ignore[assignment]
     return figure
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 
 pytest.importorskip("dtaidistance")
@@ -26,16 +27,28 @@ def test_a_run_goes_on_and_is_done_once(tmp_path, monkeypatch, capsys, algo):
     monkeypatch.setattr(modes, "evaluate", evaluate)
     modes.run("point", algo, 0, tmp_path, 50)
     assert f"point_{algo}_0.csv: from step 40 to 50" in capsys.readouterr().out
-    (path,) = tmp_path.glob("*.csv")
+    path = tmp_path / f"point_{algo}_0.csv"
     rows = list(csv.DictReader(path.open()))
     assert [row["evaluation"] for row in rows[:2]] == ["any", "any, deterministic"]
     assert {row["timesteps"] for row in rows} == {"50"}
     for row in rows:
         assert sum(json.loads(row["counts"]).values()) == round(float(row["success_rate"]) * int(row["episodes"]))
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == [f"point_{algo}_0.csv", f"point_{algo}_0.zip"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        f"point_{algo}_0.csv",
+        f"point_{algo}_0.zip",
+        f"point_{algo}_0_paths.csv",
+    ]
     modes.run("point", algo, 0, tmp_path, 50)
     assert capsys.readouterr().out == ""
     assert f"| point | {algo} | 0 | 50 | any | 3 |" in modes.report(tmp_path)
+    counts = modes.read_paths(tmp_path / f"point_{algo}_0_paths.csv")
+    assert len(counts.episodes) == 3
+    assert {str(mode): count for mode, count in counts.counts.items()} == json.loads(rows[0]["counts"])
+    np.testing.assert_array_equal([episode.observations[0] for episode in counts.episodes], np.zeros((3, 2)))
+    monkeypatch.setattr("sys.argv", ["modes.py", "report", "--out", str(tmp_path)])
+    modes.main()
+    assert (tmp_path / "point.png").stat().st_size > 10_000
+    assert "![Paths of sampled episodes](point.png)" in (tmp_path / "README.md").read_text()
 
 
 def test_tasks_can_be_made():
