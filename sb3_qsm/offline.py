@@ -153,14 +153,14 @@ class OfflineTraining(DiffusionOffPolicyAlgorithm):
                 parts.append(buffer.sample(size, env=self._vec_normalize_env))  # type: ignore[union-attr]
         return parts[0] if len(parts) == 1 else _concatenate(parts, self.gamma)
 
-    def _behaviour(self) -> th.Tensor | None:
+    def _behaviour(self) -> float | None:
         """Weight of the behaviour term at the present step, None without a dataset."""
         if self._offline is None:
             return None
         weight, decay_steps = self._offline.behaviour, self._offline.behaviour_decay_steps
         if decay_steps is not None:
             weight *= max(0.0, 1.0 - self.num_timesteps / decay_steps)
-        return th.tensor(weight, device=self.device)
+        return weight
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_offline"]

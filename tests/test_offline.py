@@ -221,6 +221,19 @@ def test_weight_falls():
         assert model._behaviour() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("behaviour", [0.0, 0.5])
+def test_what_is_cloned_are_the_actions_of_the_data(behaviour):
+    model = make_model(actor_samples="policy")
+    model.load_offline(fill(model, 20), share=1.0, behaviour=behaviour)
+    batch = model._sample_batch(8)
+    used = model._actor_batch(batch, th.zeros_like(batch.actions))
+    if behaviour:
+        assert used is batch
+    else:
+        assert th.equal(used.observations, batch.next_observations)
+        assert not used.actions.any()
+
+
 def test_cloning_and_improving():
     """Data around two actions of which one pays: cloning has both, the critic chooses."""
     kwargs = {"gamma": 0.0, "n_steps": 1, "batch_size": 64, "learning_rate": 3e-3, "diffusion_steps": 5}

@@ -302,6 +302,7 @@ def test_random_actions_fade_out(steps, share):
         *({"noise_schedule": name} for name in NOISE_SCHEDULES),
         *({"score_target": name} for name in SCORE_TARGETS),
         *({"critic_reduction": name} for name in CRITIC_REDUCTIONS),
+        *({"actor_samples": name} for name in ("policy", "replay")),
         *({"gradient_critic": name} for name in ("online", "target", "both")),
         {"diffusion_steps": 1},
         {"diffusion_steps": 20, "sampling_temperature": 0.5},
@@ -407,6 +408,29 @@ def test_n_steps_learns():
     model = make_model(DummyEnv(BOX, BOX), n_steps=3)
     model.learn(15)
     assert math.isfinite(logged_after_train(model))
+
+
+@pytest.mark.parametrize("actor_samples", ["policy", "replay"])
+def test_what_the_actor_learns_from(monkeypatch, actor_samples):
+    model = make_filled_model(actor_samples=actor_samples, n_steps=1)
+    seen = {}
+    sample, update = model._sample_batch, model._update_actor
+    monkeypatch.setattr(model, "_sample_batch", lambda size: seen.setdefault("batch", sample(size)))
+    monkeypatch.setattr(model, "_draw_noise", lambda batch, draw=model._draw_noise: seen.setdefault("noise", draw(batch)))
+    monkeypatch.setattr(model, "_update_actor", lambda batch, noise: seen.update(used=batch) or update(batch, noise))
+    actor = deepcopy(model.actor)
+    model.train(gradient_steps=1, batch_size=8)
+    batch, noise, used = seen["batch"], seen["noise"], seen["used"]
+    if actor_samples == "replay":
+        assert used is batch
+        return
+    assert th.equal(used.observations, batch.next_observations)
+    # The actor as it was when the critics' target was computed
+    with th.no_grad():
+        next_actions = actor.sample(actor.features(batch.next_observations), noise.latent, noise.chain)
+    th.testing.assert_close(used.actions, next_actions)
+    assert not used.actions.requires_grad
+    assert not th.allclose(used.actions, batch.actions)
 
 
 def logged_after_train(model: QSM) -> float:

@@ -154,7 +154,7 @@ class CriticLoss(nn.Module):
         :param batch: Replayed batch
         :param noise: Random numbers of the update
         :param target_policy_noise: Standard deviation of the noise on the next action
-        :return: Loss summed over the critics, and metrics
+        :return: Loss summed over the critics, and metrics with a' as ``next_actions``
         """
         next_actions = self.next_actions(actor_next_features, noise, target_policy_noise)
         target_q_values = self.targets(critic_next_features, next_actions, batch)
@@ -162,6 +162,7 @@ class CriticLoss(nn.Module):
         loss = critic_loss(q_values, target_q_values)
         return loss, {
             "critic_loss": loss.detach(),
+            "next_actions": next_actions,
             "q_mean": q_values.detach().mean(),
             "action_saturation": (next_actions.abs() > 0.999).float().mean(),
         }

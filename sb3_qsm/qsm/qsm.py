@@ -99,6 +99,8 @@ class QSM(OfflineTraining):
     :param score_target: Where the critic's gradient is taken and how it is weighted: ``"denoised"`` at the clipped estimate of
         the clean action, ``"noised"`` at the noised action, ``"clean"`` at the replayed action, all with sigma_t; ``"paper"``
         at the noised action without sigma_t
+    :param actor_samples: States and clean actions of the actor's update: ``"policy"`` for the next states of the batch with the
+        actions that were drawn there for the critics' target, ``"replay"`` for the replayed ones (the paper's)
     :param temperature: Temperature lambda of the Boltzmann policy, on the scale where the mean absolute component of the
         critic's action gradient is one
     :param prior_std: Standard deviation of a Gaussian prior over the scaled actions, p(a|s) ~ N(0, prior_std^2) exp(Q/lambda):
@@ -164,6 +166,7 @@ class QSM(OfflineTraining):
         sampler: str = "ddpm_x0",
         sampling_temperature: float = 1.0,
         score_target: str = "denoised",
+        actor_samples: str = "replay",
         temperature: float = 0.1,
         prior_std: float | None = 0.6,
         q_grad_coef: float | None = None,
@@ -221,6 +224,7 @@ class QSM(OfflineTraining):
             exploration_decay_steps=exploration_decay_steps,
         )
         self.score_target = score_target
+        self.actor_samples = actor_samples
         self.temperature = temperature
         self.prior_std = prior_std
         self.q_grad_coef = q_grad_coef
@@ -259,6 +263,7 @@ class QSM(OfflineTraining):
             "sampling_temperature": 1.0,
             "n_steps": 1,
             "score_target": "paper",
+            "actor_samples": "replay",
             "prior_std": None,
             "q_grad_coef": 50.0,
             "target_policy_noise": 0.1,
@@ -278,6 +283,7 @@ class QSM(OfflineTraining):
     def _check_hyperparameters(self) -> None:
         super()._check_hyperparameters()
         self._check_choice("score_target", SCORE_TARGETS)
+        self._check_choice("actor_samples", ("policy", "replay"))
         self._check_choice("critic_reduction", CRITIC_REDUCTIONS)
         self._check_choice("gradient_critic", ("both", "online", "target"))
         check_precision(self.device, self.precision)
@@ -358,8 +364,9 @@ class QSM(OfflineTraining):
             noise = self._draw_noise(batch)
 
             metrics.append(self._update_critic(batch, noise))
+            next_actions = metrics[-1].pop("next_actions")
             if self._n_updates % self.policy_delay == 0:
-                metrics.append(self._update_actor(batch, noise))
+                metrics.append(self._update_actor(self._actor_batch(batch, next_actions), noise))
             if self._n_updates % self.target_update_interval == 0:
                 self._update_target(self.critic, self.critic_target)
 
@@ -369,6 +376,12 @@ class QSM(OfflineTraining):
         """The batch with its discounts: for n-step replay gamma**n, less at an earlier termination."""
         discounts = th.tensor(self.gamma, device=self.device) if batch.discounts is None else batch.discounts
         return Transitions(batch.actions, batch.rewards, batch.dones, discounts)
+
+    def _actor_batch(self, batch: ReplayBufferSamples, next_actions: th.Tensor) -> ReplayBufferSamples:
+        """The batch with the states and actions that the actor learns from; what it shall clone are the replayed ones."""
+        if self.actor_samples == "replay" or self._behaviour():
+            return batch
+        return batch._replace(observations=batch.next_observations, actions=next_actions)
 
     def _update_critic(self, batch: ReplayBufferSamples, noise: UpdateNoise) -> Metrics:
         """One step on sum_i mean (Q_i(s, a) - y)^2 with y = r + gamma (1 - d) min_i Q_target_i(s', a'), a' ~ pi(s')."""
@@ -394,6 +407,7 @@ class QSM(OfflineTraining):
         with th.no_grad():
             critic_features = [critic.features(batch.observations) for critic in self._gradient_critics()]
         clip = self.q_grad_clip if self.q_grad_coef is None else None
+        behaviour = self._behaviour()
         metrics = self._actor_gradients(
             features,
             critic_features,
@@ -403,7 +417,7 @@ class QSM(OfflineTraining):
             th.tensor(float(self.temperature), device=self.device),
             None if self.q_grad_coef is None else th.tensor(float(self.q_grad_coef), device=self.device),
             None if clip is None else th.tensor(float(clip), device=self.device),
-            self._behaviour(),
+            None if behaviour is None else th.tensor(behaviour, device=self.device),
         )
         self._check_finite("actor_loss", metrics)
         self.actor.optimizer.step()
