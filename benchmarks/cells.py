@@ -59,7 +59,7 @@ PRESETS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "qsm-flowrl": lambda timesteps, n_actions: {
         "n_steps": 1,
         "score_target": "noised",
-        "actor_samples": "replay",
+        "policy_samples": 0.0,
         "prior_std": None,
         "diffusion_steps": 20,
         "noise_schedule": "cosine",

@@ -37,7 +37,7 @@ BAD_ARGUMENTS = [
     ({"sampler": "euler"}, "Unknown sampler 'euler'; known ones: ddim, ddpm, ddpm_x0"),
     ({"score_target": "clear"}, "Unknown score_target 'clear'; known ones: clean, denoised, noised, paper"),
     ({"critic_reduction": "max"}, "Unknown critic_reduction 'max'; known ones: mean, min"),
-    ({"actor_samples": "mine"}, "Unknown actor_samples 'mine'; known ones: policy, replay"),
+    ({"policy_samples": 1.5}, "policy_samples must be a number >= 0 and <= 1, got 1.5"),
     ({"gradient_critic": "mine"}, "Unknown gradient_critic 'mine'; known ones: both, online, target"),
     ({"exploration_initial_eps": 1.5}, "exploration_initial_eps must be a number >= 0 and <= 1, got 1.5"),
     ({"exploration_decay_steps": -1}, "exploration_decay_steps must be an integer >= 0, got -1"),

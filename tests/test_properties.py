@@ -88,7 +88,7 @@ def hyperparameters(draw):
         "q_grad_coef": draw(st.none() | st.floats(1e-2, 100)),
         "q_grad_clip": draw(st.none() | st.floats(1e-2, 100)),
         "target_policy_noise": draw(st.floats(0, 1)),
-        "actor_samples": draw(st.sampled_from(["policy", "replay"])),
+        "policy_samples": draw(st.sampled_from([0.0, 0.5, 1.0])),
         "gradient_critic": draw(st.sampled_from(["online", "target", "both"])),
         "critic_reduction": draw(st.sampled_from(sorted(CRITIC_REDUCTIONS))),
         "policy_delay": draw(st.integers(1, 2)),

@@ -302,7 +302,7 @@ def test_random_actions_fade_out(steps, share):
         *({"noise_schedule": name} for name in NOISE_SCHEDULES),
         *({"score_target": name} for name in SCORE_TARGETS),
         *({"critic_reduction": name} for name in CRITIC_REDUCTIONS),
-        *({"actor_samples": name} for name in ("policy", "replay")),
+        *({"policy_samples": share} for share in (0.0, 0.4, 1.0)),
         *({"gradient_critic": name} for name in ("online", "target", "both")),
         {"diffusion_steps": 1},
         {"diffusion_steps": 20, "sampling_temperature": 0.5},
@@ -410,27 +410,31 @@ def test_n_steps_learns():
     assert math.isfinite(logged_after_train(model))
 
 
-@pytest.mark.parametrize("actor_samples", ["policy", "replay"])
-def test_what_the_actor_learns_from(monkeypatch, actor_samples):
-    model = make_filled_model(actor_samples=actor_samples, n_steps=1)
+@pytest.mark.parametrize("dictionary", [False, True])
+@pytest.mark.parametrize(("share", "n"), [(0.0, 0), (0.3, 3), (1.0, 10)])
+def test_what_the_actor_learns_from(monkeypatch, share, n, dictionary):
+    if dictionary:
+        model = make_filled_model(env=DICT_ENV, policy="MultiInputPolicy", policy_samples=share)
+    else:
+        model = make_filled_model(policy_samples=share)
     seen = {}
-    sample, update = model._sample_batch, model._update_actor
+    sample, update, draw = model._sample_batch, model._update_actor, model._draw_noise
     monkeypatch.setattr(model, "_sample_batch", lambda size: seen.setdefault("batch", sample(size)))
-    monkeypatch.setattr(model, "_draw_noise", lambda batch, draw=model._draw_noise: seen.setdefault("noise", draw(batch)))
+    monkeypatch.setattr(model, "_draw_noise", lambda batch: seen.setdefault("noise", draw(batch)))
     monkeypatch.setattr(model, "_update_actor", lambda batch, noise: seen.update(used=batch) or update(batch, noise))
     actor = deepcopy(model.actor)
-    model.train(gradient_steps=1, batch_size=8)
+    model.train(gradient_steps=1, batch_size=10)
     batch, noise, used = seen["batch"], seen["noise"], seen["used"]
-    if actor_samples == "replay":
-        assert used is batch
-        return
-    assert th.equal(used.observations, batch.next_observations)
+    for key in batch.observations if dictionary else [...]:
+        assert th.equal(used.observations[key][:n], batch.next_observations[key][:n])
+        assert th.equal(used.observations[key][n:], batch.observations[key][n:])
     # The actor as it was when the critics' target was computed
     with th.no_grad():
         next_actions = actor.sample(actor.features(batch.next_observations), noise.latent, noise.chain)
-    th.testing.assert_close(used.actions, next_actions)
+    th.testing.assert_close(used.actions[:n], next_actions[:n])
+    assert th.equal(used.actions[n:], batch.actions[n:])
     assert not used.actions.requires_grad
-    assert not th.allclose(used.actions, batch.actions)
+    assert not th.allclose(next_actions, batch.actions)
 
 
 def logged_after_train(model: QSM) -> float:

@@ -99,8 +99,8 @@ class QSM(OfflineTraining):
     :param score_target: Where the critic's gradient is taken and how it is weighted: ``"denoised"`` at the clipped estimate of
         the clean action, ``"noised"`` at the noised action, ``"clean"`` at the replayed action, all with sigma_t; ``"paper"``
         at the noised action without sigma_t
-    :param actor_samples: States and clean actions of the actor's update: ``"policy"`` for the next states of the batch with the
-        actions that were drawn there for the critics' target, ``"replay"`` for the replayed ones (the paper's)
+    :param policy_samples: Share of the actor's batch that is taken at the next states, with the actions that the policy drew
+        there for the critics' target; the rest are replayed states and actions, which is all of it in the paper (0)
     :param temperature: Temperature lambda of the Boltzmann policy, on the scale where the mean absolute component of the
         critic's action gradient is one
     :param prior_std: Standard deviation of a Gaussian prior over the scaled actions, p(a|s) ~ N(0, prior_std^2) exp(Q/lambda):
@@ -166,7 +166,7 @@ class QSM(OfflineTraining):
         sampler: str = "ddpm_x0",
         sampling_temperature: float = 1.0,
         score_target: str = "denoised",
-        actor_samples: str = "replay",
+        policy_samples: float = 0.0,
         temperature: float = 0.1,
         prior_std: float | None = 0.6,
         q_grad_coef: float | None = None,
@@ -224,7 +224,7 @@ class QSM(OfflineTraining):
             exploration_decay_steps=exploration_decay_steps,
         )
         self.score_target = score_target
-        self.actor_samples = actor_samples
+        self.policy_samples = policy_samples
         self.temperature = temperature
         self.prior_std = prior_std
         self.q_grad_coef = q_grad_coef
@@ -263,7 +263,7 @@ class QSM(OfflineTraining):
             "sampling_temperature": 1.0,
             "n_steps": 1,
             "score_target": "paper",
-            "actor_samples": "replay",
+            "policy_samples": 0.0,
             "prior_std": None,
             "q_grad_coef": 50.0,
             "target_policy_noise": 0.1,
@@ -283,7 +283,6 @@ class QSM(OfflineTraining):
     def _check_hyperparameters(self) -> None:
         super()._check_hyperparameters()
         self._check_choice("score_target", SCORE_TARGETS)
-        self._check_choice("actor_samples", ("policy", "replay"))
         self._check_choice("critic_reduction", CRITIC_REDUCTIONS)
         self._check_choice("gradient_critic", ("both", "online", "target"))
         check_precision(self.device, self.precision)
@@ -295,6 +294,7 @@ class QSM(OfflineTraining):
             self._check_integer("n_steps", 1)
         check_sampling_steps(self.sampling_steps, self.diffusion_steps)
         self._check_number("temperature", 0.0, strict=True)
+        self._check_number("policy_samples", 0.0, high=1.0)
         for name in ("prior_std", "q_grad_coef", "q_grad_clip"):
             if getattr(self, name) is not None:
                 self._check_number(name, 0.0, strict=True)
@@ -379,9 +379,11 @@ class QSM(OfflineTraining):
 
     def _actor_batch(self, batch: ReplayBufferSamples, next_actions: th.Tensor) -> ReplayBufferSamples:
         """The batch with the states and actions that the actor learns from; what it shall clone are the replayed ones."""
-        if self.actor_samples == "replay" or self._behaviour():
-            return batch
-        return batch._replace(observations=batch.next_observations, actions=next_actions)
+        n = 0 if self._behaviour() else round(self.policy_samples * len(next_actions))
+        return batch._replace(
+            observations=_first_of(n, batch.next_observations, batch.observations),
+            actions=_first_of(n, next_actions, batch.actions),
+        )
 
     def _update_critic(self, batch: ReplayBufferSamples, noise: UpdateNoise) -> Metrics:
         """One step on sum_i mean (Q_i(s, a) - y)^2 with y = r + gamma (1 - d) min_i Q_target_i(s', a'), a' ~ pi(s')."""
@@ -451,3 +453,10 @@ class QSM(OfflineTraining):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "actor.optimizer", "critic.optimizer"], ["q_grad_norm"]
+
+
+def _first_of(n: int, first: Any, rest: Any) -> Any:
+    """Tensor, or dictionary of tensors, with the first n rows of one and the other rows of the other."""
+    if isinstance(rest, dict):
+        return {key: _first_of(n, first[key], value) for key, value in rest.items()}
+    return th.cat([first[:n], rest[n:]]) if n else rest
