@@ -28,6 +28,7 @@ RESULTS = Path("benchmarks/results/learning/sweep")
 Groups = dict[str, list[Cell]]
 
 _COMMON = {field.name for field in fields(Cell)} & {"timesteps", "eval_freq", "eval_episodes", "checkpoint_freq"}
+_GROUP = {*_COMMON, "compile"}
 _AXES = {"algos", "envs", "seeds"}
 
 
@@ -43,11 +44,11 @@ def read_groups(path: Path) -> Groups:
         config = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise CellError(f"cannot read {path}: {error}") from error
-    config = _mapping(f"{path}", config, {"groups", "settings", *_COMMON}, {"groups"})
-    common = {name: config[name] for name in _COMMON & config.keys()}
+    config = _mapping(f"{path}", config, {"groups", "settings", *_GROUP}, {"groups"})
+    common = {name: config[name] for name in _GROUP & config.keys()}
     settings = {name: _setting(name, entry) for name, entry in _mapping("settings", config.get("settings", {})).items()}
     return {
-        name: _group(name, common | _mapping(f"group {name}", group, _AXES | _COMMON, _AXES), settings)
+        name: _group(name, common | _mapping(f"group {name}", group, _AXES | _GROUP, _AXES), settings)
         for name, group in _mapping("groups", config["groups"]).items()
     }
 
@@ -90,6 +91,14 @@ def _group(name: str, group: dict[str, Any], settings: dict[str, dict[str, Any]]
             raise CellError(
                 f"unknown algorithm {algo!r} in group {name}; known ones: {', '.join(sorted({*PRESETS, *settings}))}"
             )
+    compiled = group.get("compile", False)
+    if not isinstance(compiled, bool):
+        raise CellError(f"compile of group {name} must be true or false, got {compiled!r}")
+    if compiled:
+        algos = {
+            algo: {**cell, "kwargs": {"compile": True, **cell.get("kwargs", {})}} if algo.split("-")[0] == "qsm" else cell
+            for algo, cell in algos.items()
+        }
     envs = group["envs"]
     common = {key: value for key, value in group.items() if key in _COMMON}
     # Seed by seed, so that each task has its first results early

@@ -166,7 +166,7 @@ class QSM(OfflineTraining):
         sampler: str = "ddpm_x0",
         sampling_temperature: float = 1.0,
         score_target: str = "denoised",
-        policy_samples: float = 0.0,
+        policy_samples: float = 0.5,
         temperature: float = 0.1,
         prior_std: float | None = 0.6,
         q_grad_coef: float | None = None,
