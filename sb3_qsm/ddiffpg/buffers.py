@@ -52,7 +52,6 @@ class ModeBatch(NamedTuple):
 
     :param rows: Where the transitions are, shape ``(batch,)``
     :param sizes: Number of transitions of each group
-    :param successes: Whether their episodes succeeded, bool, shape ``(batch,)``
     :param transitions: The transitions, group after group
     :param positions: Positions, shape ``(batch, position_dim)``
     :param next_positions: Positions one step later
@@ -61,7 +60,6 @@ class ModeBatch(NamedTuple):
 
     rows: Rows
     sizes: list[int]
-    successes: th.Tensor
     transitions: ReplayBufferSamples | DictReplayBufferSamples
     positions: th.Tensor
     next_positions: th.Tensor
@@ -175,7 +173,6 @@ class TrajectoryReplayBuffer(ReplayBuffer):
         self.trajectories: dict[int, Trajectory] = {}
         self.next_id = 0
         self.row_modes = np.full(self.buffer_size, FREE)
-        self.row_successes = np.zeros(self.buffer_size, dtype=np.bool_)
         self.target_actions = np.zeros((self.buffer_size, 2, self.action_dim), dtype=np.float32)
         # Drawn from a copy: the environment's own space draws what it would have drawn
         example = copy.deepcopy(observation_space).sample()
@@ -220,7 +217,6 @@ class TrajectoryReplayBuffer(ReplayBuffer):
             self.positions[row], self.next_positions[row] = positions[i], next_positions[i]
             self.target_actions[row] = self.actions[row, 0]
             self.row_modes[row] = UNASSIGNED
-            self.row_successes[row] = False
             self._open[i].append(row)
             if done[i]:
                 self._finish(i, success_of(info))
@@ -268,7 +264,6 @@ class TrajectoryReplayBuffer(ReplayBuffer):
     def _finish(self, env: int, success: bool) -> None:
         rows = np.array(self._open[env], dtype=np.int64)
         self._open[env] = []
-        self.row_successes[rows] = success
         path = np.concatenate([self.positions[rows], self.next_positions[rows[-1:]]])
         points = np.unique(np.linspace(0, len(path) - 1, min(len(path), self.max_points)).round().astype(int))
         total_reward = float(self.rewards[rows].sum())
@@ -350,7 +345,6 @@ class TrajectoryReplayBuffer(ReplayBuffer):
         return ModeBatch(
             rows,
             sizes,
-            self.to_torch(self.row_successes[rows]),
             self._get_samples(rows, env),
             self.to_torch(self.positions[rows]),
             self.to_torch(self.next_positions[rows]),

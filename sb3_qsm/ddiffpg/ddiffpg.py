@@ -22,6 +22,7 @@ from stable_baselines3.common.type_aliases import (
     ReplayBufferSamples,
     Schedule,
 )
+from torch import nn
 
 from sb3_qsm.common.losses import CriticLoss, Metrics, Transitions, UpdateNoise, critic_loss, noise_prediction_loss
 from sb3_qsm.common.off_policy import DiffusionOffPolicyAlgorithm
@@ -33,7 +34,7 @@ from sb3_qsm.ddiffpg.buffers import (
     rows_of,
 )
 from sb3_qsm.ddiffpg.losses import ascend_actions, categorical_loss, categorical_projection
-from sb3_qsm.ddiffpg.modes import Mode, TrajectoryDistances, cluster, inherit, medoid, squareform
+from sb3_qsm.ddiffpg.modes import Mode, TrajectoryDistances, cluster, inherit, medoid, modes_passing, squareform
 from sb3_qsm.ddiffpg.novelty import RandomNetworkDistillation, noveld_reward
 from sb3_qsm.ddiffpg.policies import (
     CategoricalCritic,
@@ -91,7 +92,7 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
     :param target_action_steps: Steps uphill of a target action each time it is replayed
     :param target_action_lr: Their learning rate
     :param mode_embedding_dim: Size of the embeddings of the modes
-    :param mode_dropout: Probability that the embedding is left out in training, in the successful episodes of modes
+    :param mode_dropout: Probability that the embedding is left out in training, in states that the mode passes by
     :param intrinsic_reward_scale: Factor on the intrinsic reward
     :param novelty_learning_rate: Learning rate of the novelty's predictor
     :param n_atoms: Number of atoms of categorical critics (C51); 0 for plain ones
@@ -440,13 +441,18 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
 
     def _contexts(self, batch: ModeBatch, dropout: float = 0.0) -> th.Tensor:
         """
-        Embeddings of a batch. In the successful episodes of modes they are left out with some probability, which stands for
-        any mode: a failure belongs to its mode by nearness alone, and its states may be another mode's, whose way the actor
-        would be told to leave.
+        Embeddings of a batch. Where a mode passes by, they are left out with some probability, which stands for any mode. On
+        the way of another mode they are kept: the actor would be told to leave it.
         """
         groups = th.repeat_interleave(th.tensor(batch.sizes)).to(self.device)
-        dropped = (th.rand(len(groups), device=self.device) < dropout) & batch.successes & (groups > 0)
-        return self.actor.mode_embeddings[groups] * ~dropped.unsqueeze(1)
+        embeddings = self.actor.mode_embeddings[groups]
+        if dropout > 0 and self._modes:
+            paths = [th.as_tensor(mode.trajectory, dtype=th.float32, device=self.device) for mode in self._modes]
+            # The exploration, group 0, passes nowhere
+            passing = nn.functional.pad(modes_passing(batch.positions, paths), (1, 0))[th.arange(len(groups)), groups]
+            dropped = (th.rand(len(groups), device=self.device) < dropout) & passing
+            embeddings = embeddings * ~dropped.unsqueeze(1)
+        return embeddings
 
     def _update_critics(self, batch: ModeBatch, noise: UpdateNoise) -> Metrics:
         """

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch as th
 
 from sb3_qsm.ddiffpg.buffers import Trajectory
 
@@ -184,6 +185,27 @@ def medoid(distances: FloatArray) -> int:
     :return: Its index
     """
     return int(distances.sum(axis=1).argmin())
+
+
+def modes_passing(positions: th.Tensor, trajectories: Sequence[th.Tensor]) -> th.Tensor:
+    """
+    Which modes pass by a position: those whose trajectory comes as near to it as any other one does, up to half a step.
+
+    :param positions: Positions, shape ``(batch, position_dim)``
+    :param trajectories: Trajectory of each mode, at least two points, shape ``(n, position_dim)``
+    :return: Whether a mode passes by, bool, shape ``(batch, n_modes)``
+    """
+    distances, steps = [], []
+    for path in trajectories:
+        start, way = path[:-1], path.diff(dim=0)
+        squared_length = way.square().sum(dim=1)
+        # The nearest point of each piece of the way
+        share = ((positions.unsqueeze(1) - start) * way).sum(dim=2) / squared_length.clamp_min(1e-12)
+        nearest = start + share.clamp(0.0, 1.0).unsqueeze(2) * way
+        distances.append(th.linalg.vector_norm(positions.unsqueeze(1) - nearest, dim=2).amin(dim=1))
+        steps.append(squared_length.sqrt().mean())
+    distance = th.stack(distances, dim=1)
+    return distance <= distance.amin(dim=1, keepdim=True) + th.stack(steps) / 2
 
 
 def inherit(new: Sequence[set[int]], old: Sequence[set[int]]) -> list[Inheritance]:

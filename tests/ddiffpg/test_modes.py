@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import torch as th
 
 pytest.importorskip("dtaidistance")
 
@@ -19,6 +20,7 @@ from sb3_qsm.ddiffpg.modes import (
     dtw_distance,
     inherit,
     medoid,
+    modes_passing,
     silhouette,
     squareform,
 )
@@ -145,6 +147,25 @@ def test_silhouette_by_its_definition():
 def test_medoid():
     points = np.array([0.0, 1.0, 1.1, 5.0])
     assert medoid(np.abs(points[:, None] - points[None])) == 2 - 1
+
+
+def test_modes_that_pass_by():
+    """Against the distances to very many points of each way."""
+    rng = np.random.default_rng(0)
+    ways = [np.cumsum(rng.normal(size=(n, 3)), axis=0) for n in (2, 5, 20)]
+    # A step without a length, as where the agent stood still
+    ways[1] = np.insert(ways[1], 2, ways[1][2], axis=0)
+    positions = rng.normal(size=(40, 3)) * 3
+    distances = []
+    for way in ways:
+        points = np.concatenate([np.linspace(a, b, 2001) for a, b in itertools.pairwise(way)])
+        distances.append(np.linalg.norm(positions[:, None] - points, axis=2).min(axis=1))
+    tolerance = [np.linalg.norm(np.diff(way, axis=0), axis=1).mean() / 2 for way in ways]
+    margin = np.stack(distances, axis=1) - np.min(distances, axis=0)[:, None] - np.array(tolerance)
+    assert (np.abs(margin) > 1e-3).all()  # nothing hangs on rounding
+    found = modes_passing(th.as_tensor(positions), [th.as_tensor(way) for way in ways])
+    assert found.tolist() == (margin <= 0).tolist()
+    assert set(found.sum(dim=1).tolist()) == {1, 2, 3}
 
 
 def test_every_distance_is_computed_once(monkeypatch):

@@ -234,35 +234,24 @@ def test_target_actions_are_kept_and_moved_on():
     assert np.abs(buffer.target_actions).max() <= 1.0
 
 
-def groups_of(sizes, successes):
-    """As much of a batch as the embeddings need."""
-    return SimpleNamespace(sizes=sizes, successes=th.as_tensor(successes))
-
-
-def test_embeddings_are_left_out_in_half_of_the_successes():
+def test_embeddings_are_left_out_half_of_the_time_where_the_mode_passes_by():
     model = make_trained()
-    contexts = model._contexts(groups_of([1000, 2000, 3000], [True] * 6000), 0.5)
+    goals = [mode.trajectory[-1] for mode in model.modes]
+    # The start, and the goal of each mode
+    places = th.as_tensor(np.stack([np.zeros(2), *goals]), dtype=th.float32)
     embeddings = model.actor.mode_embeddings
-    assert th.equal(contexts[:1000], embeddings[:1].expand(1000, -1))
-    for mode, part in ((1, contexts[1000:3000]), (2, contexts[3000:])):
-        dropped = (part == 0).all(dim=1)
-        assert 0.4 < dropped.float().mean() < 0.6
-        assert th.equal(part[~dropped], embeddings[mode].expand(int((~dropped).sum()), -1))
+    for place, allowed in zip(places, ({1, 2}, {1}, {2}), strict=True):
+        batch = SimpleNamespace(sizes=[1000, 2000, 3000], positions=place.expand(6000, -1))
+        contexts = model._contexts(batch, 0.5)
+        assert th.equal(contexts[:1000], embeddings[:1].expand(1000, -1))
+        for mode, part in ((1, contexts[1000:3000]), (2, contexts[3000:])):
+            dropped = (part == 0).all(dim=1)
+            assert (0.45 < dropped.float().mean() < 0.55) if mode in allowed else not dropped.any()
+            assert th.equal(part[~dropped], embeddings[mode].expand(int((~dropped).sum()), -1))
     assert len({tuple(row) for row in embeddings.tolist()}) == 3
     for probability, share in ((0.0, 0.0), (1.0, 1.0)):
-        batch = groups_of([0, 50], [True] * 20 + [False] * 30)
-        dropped = model._contexts(batch, probability)[:, 0] == 0
-        assert dropped[:20].float().mean() == share
-        assert not dropped[20:].any()
-
-
-def test_successes_are_those_of_whole_episodes():
-    model = make_trained()
-    buffer = model.replay_buffer
-    batch = buffer.sample_groups(60, len(model.modes))
-    rows = {row: trajectory.success for trajectory in buffer.trajectories.values() for row in trajectory.rows.tolist()}
-    assert batch.successes.tolist() == [rows.get(row, False) for row in batch.rows.tolist()]
-    assert 0 < batch.successes.sum() < 60
+        batch = SimpleNamespace(sizes=[0, 50, 0], positions=places[:1].expand(50, -1))
+        assert (model._contexts(batch, probability)[:, 0] == 0).float().mean() == share
 
 
 @pytest.mark.parametrize("steps", [0, 3])
