@@ -72,7 +72,7 @@ TASKS = {
         # Every goal is found a few times before one of them is preferred
         arguments={"learning_starts": 3000},
         own={
-            "ddiffpg": {"exploration_decay_steps": 6000},
+            "ddiffpg": {"exploration_decay_steps": 6000, "target_action_steps": 5},
             # The gradient at the noised action follows the nearest hill of the critic; see the page on modes
             "qsm": {
                 "score_target": "noised",

@@ -288,9 +288,23 @@ def test_list_and_only(mortal, capsys):
     assert len(out.splitlines()) == 2 and "seed 1    200 of 1,600 steps" in out
 
 
+def test_compiled_updates_are_asked_for_in_the_file(mortal):
+    path = mortal / "sweep.yml"
+    path.write_text(
+        SWEEP.replace("groups:", "compile: true\ngroups:").replace("[qsm-small], envs: [P", "[qsm, sac], envs: [P")
+    )
+    groups = sweep.read_groups(path)
+    assert groups["tiny"][0].kwargs == {"compile": True, "learning_starts": 50, **groups["tiny"][0].kwargs}
+    assert {cell.algo: cell.kwargs for cell in groups["long"]} == {"qsm": {"compile": True}, "sac": {}}
+    path.write_text(SWEEP.replace("timesteps: 1000", "timesteps: 1000, compile: true"))
+    groups = sweep.read_groups(path)
+    assert [groups[name][0].kwargs.get("compile") for name in ("tiny", "long")] == [True, None]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        ("groups:", "compile: 1\ngroups:", "compile of group tiny must be true or false, got 1"),
         ("groups:", "grops:", "unknown key 'grops' in sweep.yml; known ones: checkpoint_freq, "),
         ("groups:", "- x", "cannot read sweep.yml"),
         ("seeds: [3], ", "", "group tiny lacks 'seeds'"),

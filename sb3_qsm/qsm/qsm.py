@@ -68,8 +68,8 @@ class QSM(OfflineTraining):
 
     Paper: https://arxiv.org/abs/2312.11752
 
-    The defaults are not the paper's: they weight the gradient by the noise level, take it at the denoised action and scale it
-    by its running magnitude. :meth:`paper_hyperparameters` has the paper's.
+    The defaults are not the paper's: they weight the gradient by the noise level, take it at the denoised action, scale it by
+    its running magnitude, and train the actor half at its own actions. :meth:`paper_hyperparameters` has the paper's.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str)
