@@ -19,12 +19,12 @@ OBSERVATIONS = spaces.Box(-1.0, 1.0, (3,), np.float32)
 ACTIONS = spaces.Box(np.float32([-1.0, 0.5]), np.float32([3.0, 0.75]))
 
 
-def make_model(action_space=ACTIONS, trained=True, **kwargs) -> QSM:
+def make_model(action_space=ACTIONS, trained=True, policy_kwargs=None, **kwargs) -> QSM:
     model = QSM(
         "MlpPolicy",
         DummyEnv(OBSERVATIONS, action_space),
         # What is asserted of these networks shall not depend on the defaults
-        policy_kwargs={"net_arch": [16], "xavier": False, "critic_activation_fn": th.nn.ReLU},
+        policy_kwargs={"net_arch": [16], "xavier": False, "critic_activation_fn": th.nn.ReLU, **(policy_kwargs or {})},
         learning_starts=5,
         batch_size=8,
         buffer_size=100,
@@ -73,10 +73,13 @@ def test_deterministic_action_is_a_function_of_the_observation(sampler, noise_sc
         assert rng_states() == before
 
 
-@pytest.mark.parametrize("change", ["train", "data", "load", "set", "vector"])
-def test_acting_follows_the_parameters(change):
+@pytest.mark.parametrize(
+    ("change", "policy_kwargs"),
+    [*((change, {}) for change in ("train", "data", "load", "set", "vector")), ("train", {"time_arch": ()})],
+)
+def test_acting_follows_the_parameters(change, policy_kwargs):
     """What is kept between calls of ``predict`` goes when any parameter in it changes, however it was changed."""
-    model = make_model()
+    model = make_model(policy_kwargs=policy_kwargs)
     network = model.actor.score_network
     obs = observations(1)
     before, _ = model.predict(obs, deterministic=True)

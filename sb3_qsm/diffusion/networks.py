@@ -130,10 +130,11 @@ class ScoreNetwork(nn.Module):
 
     def _cached_time_table(self, steps: th.Tensor) -> th.Tensor:
         """:meth:`time_table`, from the last call if nothing in it has changed since."""
-        parameters = [steps, self.fourier.weight, *self.time_mlp.parameters(), self.input_layer.weight]
+        layer = self.input_layer
+        parameters = [steps, self.fourier.weight, *self.time_mlp.parameters(), layer.weight, layer.bias]
         key = [(parameter.data_ptr(), parameter._version) for parameter in parameters]
         # The counters see neither the fused optimizers nor what is done to ``parameter.data``. Both change all parameters, so
-        # that the values of the vectors among them give them away
+        # that the values of the vectors among them give them away; the layer's bias is one even if there is no other
         vectors = [parameter for parameter in parameters if parameter.dim() == 1]
         if self._time_cache is None or key != self._time_cache[0] or not all(map(th.equal, vectors, self._time_cache[1])):
             self._time_cache = key, [vector.clone() for vector in vectors], self.time_table(steps)
