@@ -189,12 +189,12 @@ def run(task_name: str, algo: str, seed: int, out: Path, timesteps: int | None) 
             )
             print(f"  {evaluation}: success {counts.success_rate:.2f}, {rows[-1]['counts']}", flush=True)
         with path.with_name(f"{path.stem}_paths.csv").open("w", newline="") as file:
-            writer_of_paths = csv.writer(file)
+            writer_of_paths = csv.writer(file, lineterminator="\n")
             writer_of_paths.writerow(["episode", "mode", "x", "y"])
             writer_of_paths.writerows(paths)
         temporary = folder / path.name
         with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
         model.save(path.with_suffix(".zip"))
