@@ -91,7 +91,6 @@ ALGORITHMS: dict[str, type[OffPolicyAlgorithm]] = {
     "sac": stable_baselines3.SAC,
     "td3": stable_baselines3.TD3,
 }
-NAMES = {"ddiffpg": "DDiffPG", "qsm": "QSM", "sac": "SAC", "td3": "TD3"}
 COLUMNS = ("task", "algo", "seed", "timesteps", "evaluation", "episodes", "success_rate", "mean_return", "entropy", "counts")
 
 
@@ -249,7 +248,7 @@ def draw(task_name: str, out: Path) -> Path | None:
                 continue
             counts = read_paths(found[algo, seed])
             plot_trajectories(counts, env, axes=axes)
-            axes.set_title(f"{NAMES[algo]}, seed {seed}: success {counts.success_rate:.2f}", fontsize=10)
+            axes.set_title(f"{ALGORITHMS[algo].__name__}, seed {seed}: success {counts.success_rate:.2f}", fontsize=10)
     env.close()
     picture = out / f"{task_name}.png"
     figure.savefig(picture, dpi=110)

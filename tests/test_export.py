@@ -272,5 +272,5 @@ def test_the_target_takes_the_whole_chain():
         th.manual_seed(0)
         np.random.seed(0)
         batch = model.replay_buffer.sample(16)
-        losses.append(model._update_critic(batch, model._draw_noise(batch))["critic_loss"].item())
+        losses.append(model._update_critic(batch, model._draw_noise(batch))[0]["critic_loss"].item())
     assert losses[0] == losses[1]

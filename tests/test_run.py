@@ -577,9 +577,9 @@ def test_metrics_are_means_over_the_gradient_steps(monkeypatch):
     update = model._update_critic
 
     def spy(*args):
-        metrics = update(*args)
+        metrics, next_actions = update(*args)
         losses.append(metrics["critic_loss"].item())
-        return metrics
+        return metrics, next_actions
 
     monkeypatch.setattr(model, "_update_critic", spy)
     model.train(gradient_steps=4, batch_size=8)

@@ -19,6 +19,7 @@ if not all(map(importlib.util.find_spec, ("filelock", "mujoco", "ray", "rliable"
 import cells
 import report
 import sweep
+import yaml
 from cells import Cell, CellError, read_rows, train, write_rows
 from filelock import FileLock
 from matplotlib.image import imread
@@ -294,7 +295,8 @@ def test_compiled_updates_are_asked_for_in_the_file(mortal):
         SWEEP.replace("groups:", "compile: true\ngroups:").replace("[qsm-small], envs: [P", "[qsm, sac], envs: [P")
     )
     groups = sweep.read_groups(path)
-    assert groups["tiny"][0].kwargs == {"compile": True, "learning_starts": 50, **groups["tiny"][0].kwargs}
+    small = yaml.safe_load(SWEEP)["settings"]["qsm-small"]["kwargs"]
+    assert groups["tiny"][0].kwargs == {"compile": True, **small}
     assert {cell.algo: cell.kwargs for cell in groups["long"]} == {"qsm": {"compile": True}, "sac": {}}
     path.write_text(SWEEP.replace("timesteps: 1000", "timesteps: 1000, compile: true"))
     groups = sweep.read_groups(path)

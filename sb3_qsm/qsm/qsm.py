@@ -363,8 +363,8 @@ class QSM(OfflineTraining):
             batch = self._sample_batch(batch_size)
             noise = self._draw_noise(batch)
 
-            metrics.append(self._update_critic(batch, noise))
-            next_actions = metrics[-1].pop("next_actions")
+            critic_metrics, next_actions = self._update_critic(batch, noise)
+            metrics.append(critic_metrics)
             if self._n_updates % self.policy_delay == 0:
                 metrics.append(self._update_actor(self._actor_batch(batch, next_actions), noise))
             if self._n_updates % self.target_update_interval == 0:
@@ -385,8 +385,8 @@ class QSM(OfflineTraining):
             actions=_first_of(n, next_actions, batch.actions),
         )
 
-    def _update_critic(self, batch: ReplayBufferSamples, noise: UpdateNoise) -> Metrics:
-        """One step on sum_i mean (Q_i(s, a) - y)^2 with y = r + gamma (1 - d) min_i Q_target_i(s', a'), a' ~ pi(s')."""
+    def _update_critic(self, batch: ReplayBufferSamples, noise: UpdateNoise) -> tuple[Metrics, th.Tensor]:
+        """One step on sum_i mean (Q_i(s, a) - y)^2 with y = r + gamma (1 - d) min_i Q_target_i(s', a'); also a'."""
         features = self.critic.features(batch.observations)
         with th.no_grad():
             actor_next_features = self.actor.features(batch.next_observations)
@@ -401,7 +401,8 @@ class QSM(OfflineTraining):
         )
         self._check_finite("critic_loss", metrics)
         self.critic.optimizer.step()
-        return metrics
+        next_actions = metrics.pop("next_actions")
+        return metrics, next_actions
 
     def _update_actor(self, batch: ReplayBufferSamples, noise: UpdateNoise) -> Metrics:
         """One step on mean || eps(s, a_t, t) - eps* ||^2, where eps* is the scaled action gradient of the critics."""
