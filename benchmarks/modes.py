@@ -63,7 +63,11 @@ class Task:
     own: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-MAZE = {"ddiffpg": {"position": [0, 1]}}
+# The ascent is the dearest part of DDiffPG's update: 5 steps of it are half
+ASCENT = {"target_action_steps": 5}
+# The gradient at the noised action follows the nearest hill of the critic; see the page on modes
+NOISED = {"score_target": "noised"}
+MAZE = {"ddiffpg": {"position": [0, 1], **ASCENT}, "qsm": NOISED}
 TASKS = {
     "point": Task(
         "sb3_qsm/NGoalPoint-v0",
@@ -72,18 +76,12 @@ TASKS = {
         # Every goal is found a few times before one of them is preferred
         arguments={"learning_starts": 3000},
         own={
-            "ddiffpg": {"exploration_decay_steps": 6000, "target_action_steps": 5},
-            # The gradient at the noised action follows the nearest hill of the critic; see the page on modes
-            "qsm": {
-                "score_target": "noised",
-                "n_steps": 1,
-                "exploration_initial_eps": 1.0,
-                "exploration_decay_steps": 20_000,
-            },
+            "ddiffpg": {"exploration_decay_steps": 6000, **ASCENT},
+            "qsm": {"n_steps": 1, "exploration_initial_eps": 1.0, "exploration_decay_steps": 20_000, **NOISED},
         },
     ),
-    "two-routes": Task("sb3_qsm/PointMaze_TwoRoutes-v0", 2, 100_000, routes=True, own=MAZE),
-    "four-goals": Task("sb3_qsm/PointMaze_FourGoals-v0", 4, 100_000, own=MAZE),
+    "two-routes": Task("sb3_qsm/PointMaze_TwoRoutes-v0", 2, 30_000, routes=True, own=MAZE),
+    "four-goals": Task("sb3_qsm/PointMaze_FourGoals-v0", 4, 60_000, own=MAZE),
 }
 ALGORITHMS: dict[str, type[OffPolicyAlgorithm]] = {
     "ddiffpg": DDiffPG,
