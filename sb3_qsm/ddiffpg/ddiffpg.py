@@ -26,6 +26,7 @@ from torch import nn
 
 from sb3_qsm.common.losses import CriticLoss, Metrics, Transitions, UpdateNoise, critic_loss, noise_prediction_loss
 from sb3_qsm.common.off_policy import DiffusionOffPolicyAlgorithm
+from sb3_qsm.common.signals import uninterrupted
 from sb3_qsm.ddiffpg.buffers import (
     DictTrajectoryReplayBuffer,
     ModeBatch,
@@ -580,21 +581,23 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         for trajectory in buffer.trajectories.values():
             if not trajectory.success:
                 modes[trajectory.id] = int(np.argmin([self._distances(trajectory, other) for other in representatives]))
-        self.policy.inherit(parents)
-        self._create_aliases()
-        buffer.assign(modes, [parent for parent, _ in parents])
-
-        self._outcomes = [
+        outcomes = [
             self._outcomes[parent] if parent is not None and continues else deque(maxlen=100) for parent, continues in parents
         ]
-        self._modes = [
+        known = [
             Mode(len(rows), float("nan"), float(np.mean([successes[i].total_reward for i in rows])), representative.positions)
             for rows, representative in zip(members, representatives, strict=True)
         ]
-        # Numbers of modes have changed: the user's choice, and what the environments follow
         heirs = {parent: mode for mode, (parent, continues) in enumerate(parents) if parent is not None and continues}
-        self.set_mode(heirs.get(self.mode) if self.mode is not None else None)
-        self._env_groups = [heirs[group - 1] + 1 if group - 1 in heirs else 0 for group in self._env_groups]
+        # A model with some of this could not be saved
+        with uninterrupted():
+            self.policy.inherit(parents)
+            self._create_aliases()
+            buffer.assign(modes, [parent for parent, _ in parents])
+            self._modes, self._outcomes = known, outcomes
+            # Numbers of modes have changed: the user's choice, and what the environments follow
+            self.set_mode(heirs.get(self.mode) if self.mode is not None else None)
+            self._env_groups = [heirs[group - 1] + 1 if group - 1 in heirs else 0 for group in self._env_groups]
 
     # --- Logging, saving and loading
 

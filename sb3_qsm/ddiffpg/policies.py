@@ -73,7 +73,7 @@ class ModeActor(DiffusionActor):
         features = super().features(obs)
         if context is None:
             context = self.mode_context(self.mode) if self._context is None else self._context
-        return th.cat([features, context.expand(len(features), -1)], dim=1)
+        return th.cat([features, context.expand(features.shape[0], -1)], dim=1)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()

@@ -2,6 +2,8 @@
 
 import io
 import math
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from stable_baselines3.common.logger import Logger
 from sb3_qsm import QSM, DDiffPG
 from sb3_qsm.common.checkpoint import RunCheckpointCallback
 from sb3_qsm.ddiffpg.policies import ModeActor, ModePolicy
+from sb3_qsm.export import to_onnx, to_torch_export
 from tests.ddiffpg.models import SMALL, make_env, make_model, make_trained
 from tests.test_resume import assert_same, learner_state
 
@@ -142,3 +145,65 @@ def test_safe_file_before_any_mode():
     file.seek(0)
     loaded = DDiffPG.load_safe(file, **{name: SMALL[name] for name in ("buffer_size",)})
     assert loaded.modes == []
+
+
+def test_interrupt_at_any_moment_of_a_clustering(tmp_path):
+    """Whatever Ctrl-C interrupts, the model that is left can be saved, loaded, used and trained."""
+    make_model(clustering_freq=10**6).learn(200).save(tmp_path / "model")
+    model = make_model(clustering_freq=10**6).learn(200)
+    model.save_replay_buffer(tmp_path / "buffer")
+    calls, due, found = 0, 0, set()
+
+    def count(*_) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == due:
+            signal.raise_signal(signal.SIGINT)
+
+    # Which xdist's workers ignore
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        # The first time modules are imported
+        model.update_modes()
+        assert len(model.modes) == 2
+        model = DDiffPG.load(tmp_path / "model", env=make_env(), device="cpu")
+        model.load_replay_buffer(tmp_path / "buffer")
+        sys.setprofile(count)
+        model.update_modes()
+        sys.setprofile(None)
+        for due in np.linspace(1, calls - 5, 60).astype(int):
+            model = DDiffPG.load(tmp_path / "model", env=make_env(), device="cpu")
+            model.load_replay_buffer(tmp_path / "buffer")
+            calls = 0
+            with pytest.raises(KeyboardInterrupt):
+                sys.setprofile(count)
+                model.update_modes()
+            sys.setprofile(None)
+            file = io.BytesIO()
+            model.save(file)
+            file.seek(0)
+            loaded = DDiffPG.load(file)
+            found.add(len(loaded.modes))
+            assert len(loaded.modes) == loaded.policy.n_modes == len(loaded.policy.mode_critics)
+            assert loaded.predict(OBSERVATIONS, deterministic=True)[0].shape == (5, 2)
+    finally:
+        sys.setprofile(None)
+        signal.signal(signal.SIGINT, handler)
+    assert found == {0, 2}
+    model.learn(30, reset_num_timesteps=False)
+
+
+@pytest.mark.parametrize("mode", [None, 0, 1])
+def test_export_of_a_mode(tmp_path, mode):
+    ort = pytest.importorskip("onnxruntime", reason="needs pip install 'sb3-qsm[export]'")
+    model = make_trained()
+    model.set_mode(mode)
+    to_onnx(model, tmp_path / "policy.onnx")
+    to_torch_export(model, tmp_path / "policy.pt2")
+    session, program = ort.InferenceSession(tmp_path / "policy.onnx"), th.export.load(tmp_path / "policy.pt2").module()
+    for n in (1, 5):
+        expected, _ = model.predict(OBSERVATIONS[:n], deterministic=True)
+        np.testing.assert_allclose(session.run(None, {"observation": OBSERVATIONS[:n]})[0], expected, atol=1e-5)
+        np.testing.assert_allclose(program(th.as_tensor(OBSERVATIONS[:n])).numpy(), expected, atol=1e-5)
+    others = [model.predict(OBSERVATIONS, deterministic=True, mode=other)[0] for other in (0, 1) if other != mode]
+    assert all(np.abs(model.predict(OBSERVATIONS, deterministic=True)[0] - other).max() > 0.1 for other in others)
