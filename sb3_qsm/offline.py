@@ -21,7 +21,8 @@ from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_qsm.common.buffers import replay_buffer_for
-from sb3_qsm.common.off_policy import DiffusionOffPolicyAlgorithm, check_integer, check_number
+from sb3_qsm.common.checks import check_integer, check_number
+from sb3_qsm.common.off_policy import DiffusionOffPolicyAlgorithm
 
 SelfOffline = TypeVar("SelfOffline", bound="OfflineTraining")
 #: Observations of many steps: an array, or one for each key

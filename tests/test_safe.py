@@ -11,11 +11,12 @@ import subprocess
 import sys
 import zipfile
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.envs import BitFlippingEnv
@@ -443,6 +444,7 @@ HOSTILE = {
         "does not fit: stable_baselines3.common.buffers.NStepReplayBuffer",
     ),
     "statistics": (put("vec_normalize", 1), "config.vec_normalize must be of type"),
+    "state of another algorithm": (put("state.sizes", [1]), "state.'sizes' is not known"),
 }
 
 
@@ -465,6 +467,8 @@ def transpose(tensors):
     [
         (transpose, f"the tensor '{WEIGHT}' must be (16, "),
         (lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].double()}), "torch.float32, got"),
+        (lambda tensors: tensors[WEIGHT].view(-1)[-1:].fill_(np.nan), f"the tensor '{WEIGHT}' must be finite"),
+        (lambda tensors: tensors["critic.optimizer.0.exp_avg"].fill_(np.inf), "exp_avg' must be finite"),
         (lambda tensors: tensors.pop(WEIGHT) is None, f"the tensor '{WEIGHT}' is missing"),
         (
             lambda tensors: tensors.update({"../../etc/passwd": th.zeros(1)}),
@@ -485,6 +489,87 @@ def transpose(tensors):
 def test_hostile_tensors(content, change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         load(rewrite(content, change_tensors=change))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_tensors_of_any_other_shape_or_type(content, data):
+    names = sorted(name for name in safetensors_torch.load(content) if not name.startswith("arrays."))
+    shape = tuple(data.draw(st.lists(st.integers(0, 20), max_size=3)))
+    dtype = data.draw(st.sampled_from([th.float32, th.float64, th.bfloat16, th.int64, th.uint8, th.bool]))
+    name = data.draw(st.sampled_from(names))
+
+    def change(tensors):
+        assume((tensors[name].shape, tensors[name].dtype) != (shape, dtype))
+        tensors[name] = th.zeros(shape, dtype=dtype)
+
+    with pytest.raises(ValueError, match=re.escape(f"the tensor '{name}' must be")):
+        load(rewrite(content, change_tensors=change))
+
+
+def test_unbounded_actions(content):
+    found = {}
+    rewrite(content, lambda config: found.update(config["action_space"]["low"]))
+    low = found["@array"]
+    with pytest.raises(ValueError, match="action_space must be bounded, got Box"):
+        load(rewrite(content, change_tensors=lambda tensors: tensors[low].fill_(-np.inf)))
+
+
+@pytest.fixture(scope="module")
+def normalized():
+    """A safe file of a model with statistics."""
+    file = io.BytesIO()
+    env = VecNormalize(make_env(BOX))
+    QSM("MlpPolicy", env, learning_starts=100, buffer_size=100, policy_kwargs={"net_arch": [8]}).learn(20).save_safe(file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("vec_normalize.arguments.clip_obs", -1.0), "clip_obs must be a number > 0, got -1.0"),
+        (put("vec_normalize.arguments.clip_reward", 0), "clip_reward must be a number > 0, got 0"),
+        (put("vec_normalize.arguments.epsilon", -1e-3), "epsilon must be a number > 0, got -0.001"),
+        (put("vec_normalize.arguments.gamma", 2.0), "gamma must be a number >= 0 and <= 1, got 2.0"),
+        (put("vec_normalize.arguments.training", 1), "training must be of type"),
+        (put("vec_normalize.obs_rms.count", -4.0), "obs_rms.count must be a number >= 0, got -4.0"),
+        (put("vec_normalize.ret_rms", None), "ret_rms must be a dictionary"),
+    ],
+)
+def test_hostile_statistics(normalized, change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        safe.load_vec_normalize(io.BytesIO(rewrite(normalized, change)), make_env(BOX))
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("var", th.full((3,), -1.0, dtype=th.float64), "obs_rms.var must be finite and not negative"),
+        ("mean", th.full((3,), np.nan, dtype=th.float64), "obs_rms.mean must be finite"),
+        ("mean", th.zeros(3, dtype=th.int64), "of float64"),
+        ("var", th.ones(4, dtype=th.float64), "obs_rms must be of shape (3,)"),
+    ],
+)
+def test_hostile_arrays_of_statistics(normalized, part, value, message):
+    names = {}
+
+    def find(config):
+        names[part] = config["vec_normalize"]["obs_rms"][part]["@array"]
+
+    rewrite(normalized, find)
+    data = rewrite(normalized, change_tensors=lambda tensors: tensors.update({names[part]: value}))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        safe.load_vec_normalize(io.BytesIO(data), make_env(BOX))
+
+
+def test_loading_unpickles_nothing(content, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("this may run code")
+
+    for module in (pickle, cloudpickle, th):
+        for name in {"load", "loads", "Unpickler"} & set(dir(module)):
+            monkeypatch.setattr(module, name, refuse)
+    assert load(content).num_timesteps > 0
 
 
 def positions(value, path=()):

@@ -28,6 +28,7 @@ from stable_baselines3.common.type_aliases import (
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
 from sb3_qsm.common.checkpoint import resume
+from sb3_qsm.common.checks import check_integer, check_number
 from sb3_qsm.common.files import own_errors, replacing
 from sb3_qsm.common.losses import Metrics, UpdateNoise
 from sb3_qsm.common.policies import DiffusionActor, DiffusionPolicy, QCritic
@@ -35,32 +36,6 @@ from sb3_qsm.common.safe import load_safe, save_safe
 from sb3_qsm.diffusion import NOISE_SCHEDULES, SAMPLERS
 
 SelfDiffusionAlgorithm = TypeVar("SelfDiffusionAlgorithm", bound="DiffusionOffPolicyAlgorithm")
-
-
-def check_number(name: str, value: Any, low: float, strict: bool = False, high: float = math.inf) -> None:
-    """
-    :param name: Name of an argument
-    :param value: Its value
-    :param low: Its lower bound
-    :param strict: Whether the lower bound itself is not allowed
-    :param high: Its upper bound
-    :raises ValueError: if the value is not a finite number within the bounds
-    """
-    ok = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
-    if not ok or value < low or (strict and value == low) or value > high:
-        upper = "" if high == math.inf else f" and <= {high:g}"
-        raise ValueError(f"{name} must be a number {'>' if strict else '>='} {low:g}{upper}, got {value!r}")
-
-
-def check_integer(name: str, value: Any, low: int) -> None:
-    """
-    :param name: Name of an argument
-    :param value: Its value
-    :param low: Its lower bound
-    :raises ValueError: if the value is not an integer, or is below the bound
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
-        raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
 
 
 class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):

@@ -50,6 +50,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
 from sb3_qsm.common.buffers import DictNStepReplayBuffer
+from sb3_qsm.common.checks import check_number
 from sb3_qsm.common.files import replacing
 
 FORMAT = 1
@@ -143,7 +144,7 @@ def save_safe(model: OffPolicyAlgorithm, path: SafePath) -> None:
     :param model: The model
     :param path: File to write (``.safetensors`` is added to a name without suffix) or a binary stream
     :raises ValueError: if something of the model cannot be expressed, such as a function as schedule or a class that is not in
-        :data:`CLASSES`; the message names it. Nothing is written then
+        :data:`CLASSES`, or is not finite; the message names it. Nothing is written then
     :raises ImportError: if safetensors is not installed
     """
     safetensors_torch = _import_safetensors()
@@ -265,7 +266,11 @@ def load_vec_normalize(path: SafePath, venv: VecEnv) -> VecNormalize:
     with _refusing(f"The statistics in {file} do not fit"):
         hints: dict[str, Any] = dict.fromkeys(("clip_obs", "clip_reward", "gamma", "epsilon"), float)
         hints |= {**dict.fromkeys(("training", "norm_obs", "norm_reward"), bool), "norm_obs_keys": list[str] | None}
-        env = VecNormalize(venv, **_fields(state["arguments"], hints, "vec_normalize"))
+        arguments = _fields(state["arguments"], hints, "vec_normalize")
+        for name in ("clip_obs", "clip_reward", "epsilon"):
+            check_number(name, arguments[name], 0.0, strict=True)
+        check_number("gamma", arguments["gamma"], 0.0, high=1.0)
+        env = VecNormalize(venv, **arguments)
         for name in ("obs_rms", "ret_rms"):
             made: Any = getattr(env, name, None)
             found = state[name] if isinstance(made, dict) else {"": state[name]}
@@ -273,6 +278,12 @@ def load_vec_normalize(path: SafePath, venv: VecEnv) -> VecNormalize:
                 values = _fields(found[key], {"mean": np.ndarray, "var": np.ndarray, "count": float}, name)
                 if not values["mean"].shape == values["var"].shape == statistics.mean.shape:
                     raise ValueError(f"{name} must be of shape {statistics.mean.shape}, got {values['mean'].shape}")
+                check_number(f"{name}.count", values["count"], 0.0)
+                for part, low in (("mean", -np.inf), ("var", 0.0)):
+                    array = values[part]
+                    if array.dtype != np.float64 or not np.isfinite(array).all() or (array < low).any():
+                        sign = " and not negative" if part == "var" else ""
+                        raise ValueError(f"{name}.{part} must be finite{sign}, of float64, got {reprlib.repr(array)}")
                 vars(statistics).update(values)
     return env
 
@@ -348,6 +359,9 @@ def _lay_out(
     policy_class: Any = algorithm.policy_aliases.get(config["policy"])
     if policy_class is None:
         raise ValueError(f"policy must be one of {', '.join(algorithm.policy_aliases)}, got {config['policy']!r}")
+    bounds = config["action_space"]
+    if not (np.isfinite(bounds.low).all() and np.isfinite(bounds.high).all()):
+        raise ValueError(f"action_space must be bounded, got {reprlib.repr(bounds)}")
     # SB3's hints name VecEnv without importing it
     hints = typing.get_type_hints(algorithm.__init__, localns={"VecEnv": VecEnv})
     # What is missing is newer than the file, and takes its default
@@ -387,6 +401,8 @@ def _lay_out(
         if (tensors[name].shape, tensors[name].dtype) != (expected.shape, expected.dtype):
             shape, dtype = tuple(tensors[name].shape), tensors[name].dtype
             raise ValueError(f"the tensor {name!r} must be {tuple(expected.shape)} {expected.dtype}, got {shape} {dtype}")
+        if not tensors[name].isfinite().all():
+            raise ValueError(f"the tensor {name!r} must be finite")
     for name in tensors:
         if name not in layout:
             raise ValueError(f"the tensor {reprlib.repr(name)} belongs to nothing")

@@ -24,6 +24,7 @@ from stable_baselines3.common.type_aliases import (
 )
 from torch import nn
 
+from sb3_qsm.common.checks import check_integer
 from sb3_qsm.common.losses import CriticLoss, Metrics, Transitions, UpdateNoise, critic_loss, noise_prediction_loss
 from sb3_qsm.common.off_policy import DiffusionOffPolicyAlgorithm
 from sb3_qsm.common.signals import uninterrupted
@@ -286,7 +287,11 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         finally:
             # The user's arguments are stored as they were given
             self.replay_buffer_class, self.replay_buffer_kwargs = replay_buffer_class, replay_buffer_kwargs
-        self.novelty = RandomNetworkDistillation(self.replay_buffer.positions.shape[1]).to(self.device)
+        position_dim = self.replay_buffer.positions.shape[1]
+        for mode in self._modes:
+            if mode.trajectory.shape[1] != position_dim:
+                raise ValueError(f"trajectories of modes must have {position_dim} columns, got {mode.trajectory.shape[1]}")
+        self.novelty = RandomNetworkDistillation(position_dim).to(self.device)
         self.novelty_optimizer = self.policy._make_optimizer(
             self.novelty.predictor.parameters(), lambda _: self.novelty_learning_rate
         )
@@ -672,6 +677,16 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         mode: int | None,
         clustered_at: int,
     ) -> None:
+        if not len(sizes) == len(mean_returns) == len(trajectories) == len(outcomes):
+            raise ValueError(
+                f"state must have one size, mean return, trajectory and list of outcomes for each mode, got {sizes}"
+            )
+        for size in sizes:
+            check_integer("state.sizes", size, 1)
+        check_integer("state.clustered_at", clustered_at, 0)
+        for trajectory in trajectories:
+            if trajectory.ndim != 2 or len(trajectory) < 2 or not np.isfinite(trajectory).all():
+                raise ValueError(f"state.trajectories must be finite, of shape (n, position_dim), got {trajectory!r}")
         self._modes = [
             Mode(size, float("nan"), mean_return, trajectory)
             for size, mean_return, trajectory in zip(sizes, mean_returns, trajectories, strict=True)

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import signal
 import sys
 
@@ -34,6 +35,20 @@ def predictions(model) -> np.ndarray:
     return np.stack([model.predict(OBSERVATIONS, deterministic=True, mode=mode)[0] for mode in (None, 0, 1)])
 
 
+def assert_same_updates(model: DDiffPG, loaded: DDiffPG) -> None:
+    """The updates after loading, clustering included, are those without it."""
+    model.replay_buffer.discard_unfinished()
+    for one in (model, loaded):
+        np.random.seed(4)
+        th.manual_seed(4)
+        one.set_logger(Logger(None, []))
+        one.update_modes()
+        one.train(gradient_steps=3, batch_size=16)
+    assert_same(learner_state(model), learner_state(loaded))
+    assert_same_modes(model, loaded)
+    np.testing.assert_array_equal(model.replay_buffer.target_actions, loaded.replay_buffer.target_actions)
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"n_atoms": 5, "v_max": 2.0}], ids=["plain", "categorical"])
 def test_save_load(tmp_path, kwargs):
     model = make_trained(**kwargs)
@@ -47,18 +62,8 @@ def test_save_load(tmp_path, kwargs):
     assert loaded.mode == loaded.actor.mode == 1
     np.testing.assert_array_equal(*(m.predict(OBSERVATIONS, deterministic=True)[0] for m in (model, loaded)))
 
-    # The updates after it, clustering included, are those without it
     loaded.load_replay_buffer(tmp_path / "buffer")
-    model.replay_buffer.discard_unfinished()
-    for one in (model, loaded):
-        np.random.seed(4)
-        th.manual_seed(4)
-        one.set_logger(Logger(None, []))
-        one.update_modes()
-        one.train(gradient_steps=3, batch_size=16)
-    assert_same(learner_state(model), learner_state(loaded))
-    assert_same_modes(model, loaded)
-    np.testing.assert_array_equal(model.replay_buffer.target_actions, loaded.replay_buffer.target_actions)
+    assert_same_updates(model, loaded)
     loaded.learn(60, reset_num_timesteps=False)
     assert loaded.num_timesteps == 260
 
@@ -117,7 +122,7 @@ def test_algorithms_are_told_apart(tmp_path):
         DDiffPG.load(tmp_path / "qsm")
 
 
-def test_safe_file():
+def test_safe_file(tmp_path):
     pytest.importorskip("safetensors")
     model = make_trained(position=[0, 1])
     model.set_mode(1)
@@ -129,6 +134,9 @@ def test_safe_file():
     assert_same_modes(model, loaded)
     assert loaded.mode == 1
     np.testing.assert_array_equal(predictions(model), predictions(loaded))
+    model.save_replay_buffer(tmp_path / "buffer")
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    assert_same_updates(model, loaded)
     loaded.learn(50, reset_num_timesteps=False)
 
     with pytest.raises(ValueError, match="position="):
@@ -136,6 +144,28 @@ def test_safe_file():
     file.seek(0)
     with pytest.raises(ValueError, match="it is one of 'DDiffPG'"):
         QSM.load_safe(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("sizes", [-1, 2], "state.sizes must be an integer >= 1, got -1"),
+        ("sizes", [1], "state must have one size, mean return, trajectory and list of outcomes for each mode, got [1]"),
+        ("clustered_at", -1, "state.clustered_at must be an integer >= 0, got -1"),
+        ("mode", 2, "mode must be None or an integer from 0 to 1, got 2"),
+        ("trajectories", [np.zeros((3, 2)), np.full((3, 2), np.nan)], "state.trajectories must be finite"),
+        ("trajectories", [np.zeros((3, 2)), np.zeros((1, 2))], "of shape (n, position_dim)"),
+        ("trajectories", [np.zeros((3, 5)), np.zeros((3, 5))], "trajectories of modes must have 2 columns, got 5"),
+    ],
+)
+def test_hostile_state(monkeypatch, name, value, message):
+    pytest.importorskip("safetensors")
+    model = make_trained()
+    state = {**model._safe_state(), name: value}
+    monkeypatch.setattr(model, "_safe_state", lambda: state)
+    # What is written is read at once, with the checks of loading
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model.save_safe(io.BytesIO())
 
 
 def test_safe_file_before_any_mode():
@@ -171,12 +201,13 @@ def test_interrupt_at_any_moment_of_a_clustering(tmp_path):
         sys.setprofile(count)
         model.update_modes()
         sys.setprofile(None)
-        for due in np.linspace(1, calls - 5, 60).astype(int):
+        for moment in np.linspace(1, calls - 5, 60).astype(int):
+            due = moment
             model = DDiffPG.load(tmp_path / "model", env=make_env(), device="cpu")
             model.load_replay_buffer(tmp_path / "buffer")
             calls = 0
+            sys.setprofile(count)
             with pytest.raises(KeyboardInterrupt):
-                sys.setprofile(count)
                 model.update_modes()
             sys.setprofile(None)
             file = io.BytesIO()

@@ -1,0 +1,32 @@
+"""Numbers that are within their bounds, or an error that says so."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+
+def check_number(name: str, value: Any, low: float, strict: bool = False, high: float = math.inf) -> None:
+    """
+    :param name: Name of an argument
+    :param value: Its value
+    :param low: Its lower bound
+    :param strict: Whether the lower bound itself is not allowed
+    :param high: Its upper bound
+    :raises ValueError: if the value is not a finite number within the bounds
+    """
+    ok = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or value < low or (strict and value == low) or value > high:
+        upper = "" if high == math.inf else f" and <= {high:g}"
+        raise ValueError(f"{name} must be a number {'>' if strict else '>='} {low:g}{upper}, got {value!r}")
+
+
+def check_integer(name: str, value: Any, low: int) -> None:
+    """
+    :param name: Name of an argument
+    :param value: Its value
+    :param low: Its lower bound
+    :raises ValueError: if the value is not an integer, or is below the bound
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
+        raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
