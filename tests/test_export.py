@@ -257,6 +257,13 @@ def test_sampling_steps_belong_to_acting_and_are_saved(tmp_path):
     assert np.abs(whole.predict(obs, deterministic=True)[0] - model.predict(obs, deterministic=True)[0]).max() > 1e-4
     model.policy.save(tmp_path / "policy.pt")
     assert type(model.policy).load(tmp_path / "policy.pt").actor.sampling_steps == 2
+    # Also those that were changed since
+    whole.actor.sampling_steps = 3
+    whole.save(tmp_path / "changed.zip")
+    assert QSM.load(tmp_path / "changed.zip").actor.sampling_steps == 3
+    whole.actor.sampling_steps = 4
+    whole.save_safe(tmp_path / "changed")
+    assert QSM.load_safe(tmp_path / "changed").actor.sampling_steps == 4
     for value in (0, 11, 2.0, True):
         with pytest.raises(ValueError, match="sampling_steps must be None or an integer from 1 to diffusion_steps=10, got"):
             QSM.load(tmp_path / "model.zip", sampling_steps=value)

@@ -317,6 +317,7 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         :param include: Names of attributes that should be saved although they usually are not
         :raises OSError: if it cannot be written, for instance because the disk is full
         """
+        self._before_save()
         target = path if isinstance(path, io.BufferedIOBase) else pathlib.Path(path)
         if not isinstance(target, pathlib.Path) or target.is_dir():
             with own_errors():
@@ -359,7 +360,11 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         :param path: File to write (``.safetensors`` is added to a name without suffix) or a binary stream
         :raises ValueError: if something of the model cannot be expressed, such as a function as schedule; nothing is written
         """
+        self._before_save()
         save_safe(self, path)
+
+    def _before_save(self) -> None:
+        """Bring arguments up to date that were changed on what was made from them."""
 
     @classmethod
     def load_safe(

@@ -679,7 +679,7 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
     ) -> None:
         if not len(sizes) == len(mean_returns) == len(trajectories) == len(outcomes):
             raise ValueError(
-                f"state must have one size, mean return, trajectory and list of outcomes for each mode, got {sizes}"
+                f"state must have a size, a mean return, a trajectory and a list of outcomes for each mode, got {sizes}"
             )
         for size in sizes:
             check_integer("state.sizes", size, 1)

@@ -445,6 +445,10 @@ class QSM(OfflineTraining):
             progress_bar=progress_bar,
         )
 
+    def _before_save(self) -> None:
+        # It can be changed on the actor at any time
+        self.sampling_steps = self.actor.sampling_steps
+
     def _excluded_save_params(self) -> list[str]:
         return [
             *super()._excluded_save_params(),

@@ -150,7 +150,7 @@ def test_safe_file(tmp_path):
     ("name", "value", "message"),
     [
         ("sizes", [-1, 2], "state.sizes must be an integer >= 1, got -1"),
-        ("sizes", [1], "state must have one size, mean return, trajectory and list of outcomes for each mode, got [1]"),
+        ("sizes", [1], "state must have a size, a mean return, a trajectory and a list of"),
         ("clustered_at", -1, "state.clustered_at must be an integer >= 0, got -1"),
         ("mode", 2, "mode must be None or an integer from 0 to 1, got 2"),
         ("trajectories", [np.zeros((3, 2)), np.full((3, 2), np.nan)], "state.trajectories must be finite"),
