@@ -5,12 +5,14 @@ import contextlib
 import functools
 import importlib
 import io
+import itertools
 import os
 import re
 import shlex
 import subprocess
 import sys
 import tarfile
+import tempfile
 import venv
 import zipfile
 from collections.abc import Callable
@@ -22,25 +24,30 @@ import sb3_qsm
 
 ROOT = Path(__file__).parents[1]
 MARKDOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-# A snippet that needs something the text made before says so in a comment above it, and a script its arguments
-SNIPPET = re.compile(r"(?:(?<!-->\n)|^<!-- arguments: (.*) -->\n)^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# A comment above a snippet says what it needs: arguments, the snippet before it, or a study
+SNIPPET = re.compile(
+    r"(?:^<!-- (arguments: .*|continues the snippet above|needs study\.log) -->\n)?^```python\n(.*?)^```",
+    re.MULTILINE | re.DOTALL,
+)
 SNIPPETS = [
-    pytest.param(code, arguments.split(), id=f"{path.stem}-{number}")
+    pytest.param(path, number, id=f"{path.stem}-{number}")
     for path in MARKDOWN
-    for number, (arguments, code) in enumerate(SNIPPET.findall(path.read_text("utf-8")))
+    for number in range(len(SNIPPET.findall(path.read_text("utf-8"))))
 ]
-# Shell blocks, without what a backslash breaks into lines
+# Lines of the shell, without what a backslash breaks into several
 SHELL = re.compile(r"^```(?:bash|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-COMMANDS = [
-    pytest.param(line.split(maxsplit=1)[1], id=f"{path.stem}-{number}")
+LINES = [
+    pytest.param(line, id=f"{path.stem}-{number}")
     for path in MARKDOWN
     for number, line in enumerate(
         line.strip()
         for block in SHELL.findall(path.read_text("utf-8"))
         for line in block.replace("\\\n", " ").splitlines()
-        if line.strip().startswith("sb3-qsm ")
+        if line.strip() and not line.lstrip().startswith("#")
     )
 ]
+# Those of the machine or of other programs
+FOREIGN = ("sudo ", "ray ", "optuna-dashboard ", "for ", "done", "wait", "run=", "if ", "elif ", "fi", "MUJOCO_GL=egl ")
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +133,7 @@ def test_wheel_in_an_empty_environment_runs_the_readme(wheel: Path, tmp_path: Pa
     """Installs torch and the other dependencies, so it needs a package index."""
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
-    install = [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", wheel, "gymnasium[classic-control]"]
+    install = [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", wheel]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run(install, cwd=tmp_path, env=environment, check=True)
     code = next(code for _, code in SNIPPET.findall((ROOT / "README.md").read_text("utf-8")))
@@ -168,13 +175,19 @@ def test_dependencies_are_bounded_and_the_tested_versions_are_within():
             )
 
 
-@pytest.mark.parametrize(("code", "arguments"), SNIPPETS)
-def test_documented_python_runs(code: str, arguments: list[str], tmp_path: Path):
+@pytest.mark.parametrize(("path", "number"), SNIPPETS)
+def test_documented_python_runs(path: Path, number: int, tmp_path: Path):
+    snippets = SNIPPET.findall(path.read_text("utf-8"))
+    needs, code = snippets[number]
+    if needs.startswith("continues"):
+        code = snippets[number - 1][1] + code
+    if needs == "needs study.log":
+        make_study(tmp_path / "study.log")
     # Fewer steps, of which the first 100 are random; everything else runs as it stands in the text
     code = re.sub(r"(\.learn\((?:total_timesteps=)?)[\d_]+", r"\g<1>110", code)
     code = re.sub(r"(\.pretrain\()[\d_]+", r"\g<1>10", code)
     finished = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-c", code, *needs.removeprefix("arguments: ").split()],
         cwd=tmp_path,
         # Several threads wait for one another wherever something else runs beside them
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -184,6 +197,24 @@ def test_documented_python_runs(code: str, arguments: list[str], tmp_path: Path)
         check=False,
     )
     assert finished.returncode == 0, f"{code}\n{finished.stderr}"
+
+
+def make_study(path: Path) -> None:
+    """A study as `sb3-qsm train -optimize` leaves it."""
+    pytest.importorskip("rl_zoo3")
+    import optuna
+
+    from sb3_qsm.zoo.hyperparams import sample_qsm_params
+    from sb3_qsm.zoo.storage import open_storage
+
+    study = optuna.create_study(study_name="pendulum", storage=open_storage(str(path)))
+    study.optimize(lambda trial: float(len(sample_qsm_params(trial, 1, 1, {"using_her_replay_buffer": False}))), n_trials=1)
+
+
+def test_no_python_is_left_out():
+    for path in MARKDOWN:
+        text = path.read_text("utf-8")
+        assert len(re.findall(r"^\s*```\s*(?:python|py)", text, re.MULTILINE)) == len(SNIPPET.findall(text)), path
 
 
 @pytest.fixture(scope="module")
@@ -202,14 +233,90 @@ def cli_help() -> Callable[[str], str]:
     return text
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_documented_options_exist(command: str, cli_help: Callable[[str], str]):
-    subcommand, *arguments = shlex.split(command, comments=True)
-    text = cli_help(subcommand)
-    assert text.startswith(f"usage: sb3-qsm {subcommand}")
+def check_options(arguments: list[str], text: str) -> None:
     for argument in arguments:
         if re.match(r"--?[a-zA-Z]", argument):
-            assert re.search(rf"(?<![\w-]){re.escape(argument)}(?![\w-])", text), f"{subcommand} has no option {argument}"
+            assert re.search(rf"(?<![\w-]){re.escape(argument)}(?![\w-])", text), f"there is no option {argument}"
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_documented_shell_lines(line: str, cli_help: Callable[[str], str]):
+    """What they name exists: options, extras, files and targets. The commands run in tests/zoo and in the slow tests."""
+    program, *arguments = shlex.split(line, comments=True)
+    if line.startswith(FOREIGN):
+        return
+    if program == "sb3-qsm":
+        text = cli_help(arguments[0])
+        assert text.startswith(f"usage: sb3-qsm {arguments[0]}")
+        check_options(arguments[1:], text)
+    elif program == "python":
+        assert (ROOT / arguments[0]).is_file()
+        run = subprocess.run([sys.executable, arguments[0], "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+        if re.match(r"usage: .* \.\.\.$", run.stdout, re.MULTILINE):
+            command = [sys.executable, *arguments[:2], "--help"]
+            run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        check_options(arguments, run.stdout)
+        assert all((ROOT / argument).exists() for argument in arguments if argument.endswith((".yml", ".md")))
+    elif program == "make":
+        targets = [argument for argument in arguments if "=" not in argument]
+        assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE) for target in targets)
+    else:
+        assert program == "pip", f"nothing checks {line!r}"
+        tomllib = pytest.importorskip("tomllib")
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+        for found in re.findall(r"(?:\.|sb3-qsm)\[([\w,]+)\]", line):
+            assert set(found.split(",")) <= extras.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cli", "tuning", "modes", "ddiffpg", "resume", "safe"])
+def test_documented_commands_run(name: str, tmp_path: Path):
+    """Each line of a page, one after the other in one folder, with fewer steps and trials."""
+    pytest.importorskip("rl_zoo3")
+    text = (ROOT / "docs" / f"{name}.md").read_text("utf-8")
+    if name == "safe":
+        code = SNIPPET.findall(text)[0][1].replace("1_000", "110")
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    lines = [line for block in SHELL.findall(text) for line in block.replace("\\\n", " ").splitlines()]
+    commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("sb3-qsm ")]
+    if name == "modes":
+        # It shows a model that somebody has trained
+        commands = [["train", "--env", "sb3_qsm/NGoalPoint-v0"], *commands]
+    assert commands
+    for command in commands:
+        values = dict(itertools.pairwise(command))
+        changes = {"--save-freq": "100", "--checkpoint-freq": "50", "--n-trials": "2", "--trial-id": "1"}
+        for option, value in changes.items():
+            if option in values:
+                command[command.index(option) + 1] = value
+        if command[0] == "train" and "--resume" not in command:
+            command += ["-n", "160", "--eval-episodes", "1", "-params", "learning_starts:100"]
+        if command[0] in ("enjoy", "record_video"):
+            command += ["-n", "20", *(["--no-render"] if command[0] == "enjoy" else [])]
+        finished = subprocess.run(
+            [sys.executable, "-m", "sb3_qsm", *command],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MUJOCO_GL": "egl", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert finished.returncode == 0, f"{command}\n{finished.stdout}\n{finished.stderr}"
+
+
+def test_documented_sweep_is_one():
+    pytest.importorskip("ray")
+    pytest.importorskip("filelock")
+    (text,) = re.findall(
+        r"^```yaml\n(.*?)^```", (ROOT / "docs" / "benchmarks.md").read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
+    code = "import sys; from pathlib import Path; sys.path.insert(0, 'benchmarks'); import sweep; "
+    code += "print(len(sweep.read_groups(Path(sys.argv[1]))['mine']))"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "mine.yml"
+        path.write_text(text)
+        run = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(run.stdout) == 18  # 3 algorithms, 2 environments, 3 seeds
 
 
 @pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: path.stem)
