@@ -194,6 +194,8 @@ def run(task_name: str, algo: str, seed: int, out: Path, timesteps: int | None) 
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
+        if isinstance(model, DDiffPG):
+            model.set_mode(None)
         model.save(path.with_suffix(".zip"))
         os.replace(temporary, path)
         shutil.rmtree(folder)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch as th
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.type_aliases import PolicyPredictor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 
 #: Names of the flag in ``info`` that says whether an episode succeeded
 SUCCESS_KEYS = ("success", "is_success")
@@ -124,6 +124,10 @@ def count_modes(
     vec_env = env if isinstance(env, VecEnv) else DummyVecEnv([lambda: env])
     recorder = _Recorder(vec_env, mode_key)
     with contextlib.ExitStack() as stack:
+        if recorder.normalize is not None:
+            # Looking must not change the statistics
+            stack.callback(setattr, recorder.normalize, "training", recorder.normalize.training)
+            recorder.normalize.training = False
         if seed is not None:
             vec_env.seed(seed)
             stack.enter_context(th.random.fork_rng())
@@ -136,10 +140,7 @@ class _Recorder:
     """Callback of SB3's ``evaluate_policy``: called at every step of every environment that still plays."""
 
     def __init__(self, env: VecEnv, mode_key: str | Callable[[dict[str, Any]], Hashable] | None) -> None:
-        normalize = env
-        while not isinstance(normalize, VecNormalize) and hasattr(normalize, "venv"):
-            normalize = normalize.venv
-        self.normalize = normalize if isinstance(normalize, VecNormalize) else None
+        self.normalize = unwrap_vec_normalize(env)
         self.mode_key = mode_key
         self.episodes: list[Episode] = []
         self.observations: dict[int, list[Observation]] = {}
@@ -149,7 +150,8 @@ class _Recorder:
         i, info = local["i"], local["info"]
         observations = self.observations.setdefault(i, [])
         observations.append(self._observation(local["observations"], i))
-        self.returns[i] = self.returns.get(i, 0.0) + float(local["reward"])
+        reward = local["reward"] if self.normalize is None else self.normalize.get_original_reward()[i]
+        self.returns[i] = self.returns.get(i, 0.0) + float(reward)
         if not local["done"]:
             return
         terminal = info.get("terminal_observation")

@@ -21,8 +21,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure as LoggedFigure
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import PyTorchObs
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, sync_envs_normalization, unwrap_vec_normalize
 
+from sb3_qsm.common.checks import check_integer
 from sb3_qsm.common.policies import DiffusionActor
 from sb3_qsm.diffusion import SAMPLERS
 from sb3_qsm.envs.plane import PALETTE
@@ -102,6 +103,17 @@ def sample_actions(model: BaseAlgorithm, observation: Observation, n_samples: in
     return scaled
 
 
+def _critics(model: BaseAlgorithm) -> list[th.nn.Module]:
+    """The critics by which a model acts."""
+    modes, chosen = getattr(model, "mode_critics", None), getattr(model, "mode", None)
+    if modes:
+        return list(modes) if chosen is None else [modes[chosen]]
+    critic = getattr(model, "critic", None)
+    if critic is None:
+        raise TypeError(f"this plot needs a model with critics, such as QSM or SAC, got {type(model).__name__}")
+    return [critic]
+
+
 def plot_action_landscape(
     model: BaseAlgorithm,
     observation: Observation,
@@ -119,21 +131,23 @@ def plot_action_landscape(
     :param n_samples: Number of actions to draw
     :param dims: The two action dimensions
     :param resolution: Points of the map along each axis
-    :param critic: Critics; by default the model's
+    :param critic: Critics; by default the model's: of :class:`sb3_qsm.DDiffPG` those of the mode that is chosen, or at each
+        action those of the mode that values it most
     :return: The figure
     :raises TypeError: if the model has no critics
-    :raises ValueError: if ``dims`` are not two action dimensions
+    :raises ValueError: if ``dims`` are not two action dimensions, or another argument is out of its range
     """
-    critic = critic if critic is not None else getattr(model, "critic", None)
-    if critic is None:
-        raise TypeError(f"this plot needs a model with critics, such as QSM or SAC, got {type(model).__name__}")
+    check_integer("n_samples", n_samples, 1)
+    check_integer("resolution", resolution, 2)
+    critics = [critic] if critic is not None else _critics(model)
     dims = _check_dims(dims, get_action_dim(model.action_space))
     samples = sample_actions(model, observation, n_samples)
     line, points = _grid(samples.mean(axis=0), dims, resolution)
     with th.no_grad():
         obs_tensor, _ = model.policy.obs_to_tensor(observation)
-        values = critic(_repeat(obs_tensor, len(points)), th.as_tensor(points, device=model.device))
-    q_values = th.cat(values, dim=1).amin(dim=1).cpu().numpy()
+        batch = _repeat(obs_tensor, len(points)), th.as_tensor(points, device=model.device)
+        values = [th.cat(found(*batch), dim=1).amin(dim=1) for found in critics]
+    q_values = th.stack(values).amax(dim=0).cpu().numpy()
 
     figure, (axes,) = _new_figure()
     if samples.shape[1] == 1:
@@ -382,8 +396,7 @@ class PlotPolicyCallback(BaseCallback):
     ) -> None:
         super().__init__(verbose)
         for name, value, lowest in (("plot_freq", plot_freq, 1), ("n_episodes", n_episodes, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-                raise ValueError(f"{name} must be an integer >= {lowest}, got {value!r}")
+            check_integer(name, value, lowest)
         self.env = env if isinstance(env, VecEnv) else DummyVecEnv([lambda: env])
         self.plot_freq = plot_freq
         self.n_episodes = n_episodes
@@ -391,16 +404,15 @@ class PlotPolicyCallback(BaseCallback):
         self.position = position
         self.seed = seed
         self._last_plot = 0
+        self._normalize = unwrap_vec_normalize(self.env)
 
     def _on_training_start(self) -> None:
         self._last_plot = self.num_timesteps // self.plot_freq
+        if self._normalize is not None:
+            self._normalize.training = False
         self.env.seed(self.seed)
         observations = self.env.reset()
-        self.observation: Observation = (
-            {key: value[0] for key, value in observations.items()}
-            if isinstance(observations, dict)
-            else np.asarray(observations)[0]
-        )
+        self._observations = observations if self._normalize is None else self._normalize.get_original_obs()
 
     def _on_step(self) -> bool:
         if self.num_timesteps // self.plot_freq > self._last_plot:
@@ -409,9 +421,14 @@ class PlotPolicyCallback(BaseCallback):
         return True
 
     def _plot(self) -> None:
+        observations: Any = self._observations
+        if self._normalize is not None:
+            sync_envs_normalization(self.training_env, self.env)
+            observations = self._normalize.normalize_obs(observations)
+        first = {k: v[0] for k, v in observations.items()} if isinstance(observations, dict) else np.asarray(observations)[0]
         with th.random.fork_rng():
             th.manual_seed(self.seed)
-            figures = plot_policy(self.model, self.observation)
+            figures = plot_policy(self.model, first)
         if self.n_episodes > 0:
             modes = count_modes(self.model, self.env, self.n_episodes, mode_key=self.mode_key, seed=self.seed)
             figures["trajectories"] = plot_trajectories(modes, self.env, self.position)

@@ -256,12 +256,19 @@ MAP = MAZES["TwoRoutes"]["maze_map"]
         (lambda: NGoalPointEnv(n_goals=0), "n_goals must be an integer >= 1, got 0"),
         (lambda: NGoalPointEnv(n_goals=2.0), "n_goals must be an integer >= 1, got 2.0"),
         (lambda: NGoalPointEnv(reward_type="big"), "reward_type must be 'dense' or 'sparse', got 'big'"),
-        (lambda: NGoalPointEnv(step_size=0), "step_size must be > 0, got 0"),
-        (lambda: NGoalPointEnv(start_noise=-1), "start_noise must be >= 0, got -1"),
+        (lambda: NGoalPointEnv(step_size=0), "step_size must be a number > 0, got 0"),
+        (lambda: NGoalPointEnv(start_noise=-1), "start_noise must be a number >= 0, got -1"),
         (lambda: NGoalPointEnv(blocked=[0]), "blocked must hold indices of routes, got 0; this environment has no routes"),
         (lambda: NGoalPointEnv(render_mode="human"), "render_mode must be 'rgb_array' or None, got 'human'"),
         (lambda: CorridorEnv(blocked=[2]), "blocked must hold indices of routes, got 2; routes are 0 to 1"),
         (lambda: MazeEnv(MAP, agent="car"), "agent must be 'point' or 'ant', got 'car'"),
+        (lambda: NGoalPointEnv(step_size="a"), "step_size must be a number > 0, got 'a'"),
+        (lambda: CorridorEnv(blocked=0), r"blocked must hold indices of routes, such as \[0\], got 0"),
+        (lambda: CorridorEnv(blocked=[0.0]), "blocked must hold indices of routes, got 0.0; routes are 0 to 1"),
+        (lambda: MazeEnv(MAP, goal_radius=-1.0), "goal_radius must be a number > 0, got -1.0"),
+        (lambda: MazeEnv(MAP, start_noise=-1), "start_noise must be a number >= 0 and <= 0.4, got -1"),
+        (lambda: MazeEnv(MAP, start_noise=5), "start_noise must be a number >= 0 and <= 0.4, got 5"),
+        (lambda: MazeEnv(MAP, action_repeat=True), "action_repeat must be an integer >= 1, got True"),
         (lambda: MazeEnv(MAP, action_repeat=0), "action_repeat must be an integer >= 1, got 0"),
         (lambda: MazeEnv([[1, 1], [1]]), r"maze_map must be rows of one length, got lengths \[2, 1\]"),
         (lambda: MazeEnv([["r", "x", "g"]]), "got 'x'"),
@@ -269,12 +276,20 @@ MAP = MAZES["TwoRoutes"]["maze_map"]
         (lambda: MazeEnv([["g", 0]]), "maze_map has no start, a cell 'r'"),
         (lambda: MazeEnv(MAP, gates=[(0, 0)]), r"gates must be free cells .* got \(0, 0\)"),
         (lambda: MazeEnv(MAP, gates=[(9, 0)]), r"gates must be free cells .* got \(9, 0\)"),
-        (lambda: PointEnv([(0, 0)], (0, 0), (-1, -1, 1, 1), goal_radius=-1), "goal_radius must be > 0, got -1"),
+        (lambda: PointEnv([(0, 0)], (0, 0), (-1, -1, 1, 1), goal_radius=-1), "goal_radius must be a number > 0, got -1"),
     ],
 )
 def test_bad_input(make_env, message):
     with pytest.raises(ValueError, match=message):
         make_env()
+
+
+def test_no_start_is_inside_an_obstacle():
+    env = CorridorEnv(start_noise=0.5)
+    left, bottom, right, top = env.obstacle
+    starts = np.array([env.reset(seed=seed)[0] for seed in range(300)])
+    inside = (starts[:, 0] > left) & (starts[:, 0] < right) & (starts[:, 1] > bottom) & (starts[:, 1] < top)
+    assert not inside.any()
 
 
 def test_render_without_a_mode():

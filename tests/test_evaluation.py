@@ -88,11 +88,21 @@ def test_several_environments_play_as_many_episodes_as_asked():
 def test_observations_are_not_normalised_but_the_policy_gets_them_so():
     env = VecNormalize(DummyVecEnv([lambda: Monitor(gym.make(POINT))]), norm_reward=False)
     compass = Compass([0, 2])
+    env.obs_rms.update(np.random.default_rng(0).normal(0.3, 0.5, (50, 2)))
     count_modes(compass, env, 4)
-    env.training = False
     (episode,) = count_modes(compass, env, 1).episodes
     np.testing.assert_allclose(episode.observations, [[0.25 * i, 0.0] for i in range(5)], atol=1e-5)
     assert not np.isclose(compass.seen[-1][0, 0], 0.75, atol=0.05)
+
+
+def test_returns_are_not_normalised_and_statistics_stay():
+    env = VecNormalize(DummyVecEnv([lambda: Monitor(gym.make(POINT))]))
+    count = count_modes(Compass([0]), gym.make(POINT), 3)
+    before = env.obs_rms.mean.copy(), env.ret_rms.var
+    assert count_modes(Compass([0]), env, 3).mean_return == pytest.approx(count.mean_return, abs=1e-5)
+    assert env.training
+    np.testing.assert_array_equal(env.obs_rms.mean, before[0])
+    assert env.ret_rms.var == before[1]
 
 
 def test_mode_key():

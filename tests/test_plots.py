@@ -224,7 +224,56 @@ def test_callback_with_normalised_dictionaries_and_without_trajectories(tmp_path
     model.set_logger(configure(str(tmp_path), ["csv"]))
     callback = plots.PlotPolicyCallback(make_env(), plot_freq=10, n_episodes=0)
     model.learn(20, callback=callback)
-    assert set(callback.observation) == {"a", "b"}
+    assert set(callback._observations) == {"a", "b"}
+
+
+def test_callback_plots_with_the_statistics_of_the_training(tmp_path, monkeypatch):
+    def make_env():
+        return VecNormalize(DummyVecEnv([lambda: Monitor(gym.make(POINT, start_noise=0.3))]))
+
+    model = make_model(make_env())
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    seen = []
+    monkeypatch.setattr(plots, "plot_policy", lambda model, observation: seen.append(observation) or {})
+    own = make_env()
+    model.learn(40, callback=plots.PlotPolicyCallback(own, plot_freq=20, n_episodes=2))
+    training = model.get_vec_normalize_env()
+    np.testing.assert_array_equal(own.obs_rms.mean, training.obs_rms.mean)
+    assert not own.training
+    first = own.get_original_obs()
+    assert len(seen) == 2
+    # The same state, seen with other statistics
+    assert np.abs(seen[0] - seen[1]).max() > 1e-3
+    assert first.shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"n_samples": 0}, "n_samples must be an integer >= 1, got 0"),
+        ({"resolution": 1}, "resolution must be an integer >= 2, got 1"),
+    ],
+)
+def test_bad_arguments_of_the_landscape(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        plots.plot_action_landscape(make_model(), START, **kwargs)
+
+
+def test_landscape_of_a_mode(monkeypatch):
+    pytest.importorskip("dtaidistance")
+    from tests.ddiffpg.models import make_trained
+
+    model = make_trained()
+    called = []
+    for name, critic in (("exploration", model.critic), *enumerate(model.mode_critics)):
+        forward = critic.forward
+        monkeypatch.setattr(critic, "forward", lambda *args, name=name, call=forward: called.append(name) or call(*args))
+    for mode, expected in ((None, [0, 1]), (0, [0]), (1, [1])):
+        model.set_mode(mode)
+        called.clear()
+        plots.plot_action_landscape(model, START, n_samples=5, resolution=5)
+        assert called == expected
+    assert set(plots.plot_policy(model, START)) == {"actions", "reverse_process", "score_field"}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 
 class _Rows(dict[str, np.ndarray[Any, Any]]):
@@ -63,3 +64,27 @@ def replay_buffer_for(
     if n_steps > 1:
         return DictNStepReplayBuffer if is_dict else NStepReplayBuffer, {"n_steps": n_steps, "gamma": gamma}
     return DictReplayBuffer if is_dict else ReplayBuffer, {}
+
+
+def cut_off_episodes(buffer: ReplayBuffer, n_envs: int | None = None) -> None:
+    """
+    Mark where the episodes that go on break off because the environments are reset, so that no n-step return and no trajectory
+    runs on into the next ones.
+
+    :param buffer: Replay buffer, changed in place
+    :param n_envs: Number of environments from now on; by default as many as before
+    """
+    if isinstance(buffer, HerReplayBuffer):
+        # Unfinished episodes are never sampled: leave them so, and let the next ones begin behind them
+        buffer._current_ep_start[:] = buffer.pos
+    elif hasattr(buffer, "discard_unfinished"):
+        buffer.discard_unfinished(n_envs)
+    elif buffer.full or buffer.pos > 0:
+        last = buffer.pos - 1
+        if buffer.handle_timeout_termination:
+            # As at a time limit: the value is bootstrapped
+            buffer.timeouts[last] = np.logical_or(buffer.timeouts[last], np.logical_not(buffer.dones[last]))
+            buffer.dones[last] = 1.0
+        elif buffer.optimize_memory_usage:
+            # The row of its next observation will be overwritten by the next episode's first, as SB3 does in that case
+            buffer.dones[last] = 1.0

@@ -30,6 +30,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
+from sb3_qsm.common.buffers import cut_off_episodes
 from sb3_qsm.common.files import replacing
 
 CHECKPOINT_NAME = "checkpoint.zip"
@@ -397,17 +398,4 @@ def _restore_buffer(buffer: ReplayBuffer | None, state: dict[str, Any]) -> None:
         # Device and spaces are those of the model just made
         if name not in ("device", "observation_space", "action_space", "env"):
             setattr(buffer, name, fill(getattr(buffer, name, None), value))
-    if isinstance(buffer, HerReplayBuffer):
-        # Unfinished episodes are never sampled: leave them so, and let the next ones begin behind them
-        buffer._current_ep_start[:] = buffer.pos
-    elif hasattr(buffer, "discard_unfinished"):
-        buffer.discard_unfinished()
-    elif buffer.full or buffer.pos > 0:
-        last = buffer.pos - 1
-        if buffer.handle_timeout_termination:
-            # As at a time limit: the value is bootstrapped, but no n-step return runs on into the next episode
-            buffer.timeouts[last] = np.logical_or(buffer.timeouts[last], np.logical_not(buffer.dones[last]))
-            buffer.dones[last] = 1.0
-        elif buffer.optimize_memory_usage:
-            # The row of its next observation will be overwritten by the next episode's first, as SB3 does in that case
-            buffer.dones[last] = 1.0
+    cut_off_episodes(buffer)

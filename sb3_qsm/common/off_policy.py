@@ -27,6 +27,7 @@ from stable_baselines3.common.type_aliases import (
 )
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
+from sb3_qsm.common.buffers import cut_off_episodes
 from sb3_qsm.common.checkpoint import resume
 from sb3_qsm.common.checks import check_integer, check_number
 from sb3_qsm.common.files import own_errors, replacing
@@ -90,6 +91,8 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         self.exploration_noise = exploration_noise
         self.exploration_initial_eps = exploration_initial_eps
         self.exploration_decay_steps = exploration_decay_steps
+        # Whether an action was drawn whose transition is not stored yet
+        self._step_is_open = False
 
     def _check_choice(self, name: str, known: Iterable[str]) -> None:
         value = getattr(self, name)
@@ -206,6 +209,7 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         if action_noise is None and self.exploration_noise > 0:
             shape = (n_envs, *self.action_space.shape)  # type: ignore[misc]
             action_noise = NormalActionNoise(np.zeros(shape), np.full(shape, self.exploration_noise))
+        self._step_is_open = True
         actions, buffer_actions = super()._sample_action(learning_starts, action_noise, n_envs)
         eps = self._exploration_eps()
         if eps > 0 and self.num_timesteps >= learning_starts:
@@ -227,6 +231,11 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        if self._step_is_open:
+            # A callback or Ctrl-C stopped the last training between a step and its storing: the environments are a step ahead
+            self._last_obs, self._step_is_open = None, False
+        if (reset_num_timesteps or self._last_obs is None) and self.replay_buffer is not None:
+            cut_off_episodes(self.replay_buffer, self.n_envs)
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         self._require_finite_from_env("observation", self._last_obs)
         return result
@@ -251,6 +260,7 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
             if "terminal_observation" in info:
                 self._require_finite_from_env("terminal observation", info["terminal_observation"])
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        self._step_is_open = False
 
     def _require_finite_from_env(self, name: str, value: Any) -> None:
         """Stop at the first NaN or infinity that the environment returns."""

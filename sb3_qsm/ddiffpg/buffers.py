@@ -14,6 +14,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
 from stable_baselines3.common.vec_env import CloudpickleWrapper, VecNormalize
 
+from sb3_qsm.common.signals import uninterrupted
 from sb3_qsm.evaluation import success_of
 
 #: Modes of a row that holds nothing, and of one whose trajectory has none yet
@@ -89,7 +90,11 @@ def position_function(position: PositionFunction | Sequence[int] | None, space: 
     size = int(np.prod(space.shape))
     if position is None:
         position = range(size)
-    if isinstance(position, str) or len(position) == 0 or not all(i in range(size) for i in position):
+    if (
+        not isinstance(position, (list, tuple, range, np.ndarray))
+        or len(position) == 0
+        or not all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) and 0 <= i < size for i in position)
+    ):
         raise ValueError(f"position must hold indices from 0 to {size - 1} of the observation, got {position!r}")
     return _Entries(tuple(position))
 
@@ -207,19 +212,21 @@ class TrajectoryReplayBuffer(ReplayBuffer):
         :raises ValueError: if the success is missing there, or the buffer is full of unfinished episodes
         """
         positions, next_positions = self._positions(obs), self._positions(next_obs)
-        for i, info in enumerate(infos):
-            row = self._take_row()
-            high_water = self.pos, self.full
-            self.pos = row
-            one = slice(i, i + 1)
-            super().add(rows_of(obs, one), rows_of(next_obs, one), action[one], reward[one], done[one], [info])
-            self.pos, self.full = high_water
-            self.positions[row], self.next_positions[row] = positions[i], next_positions[i]
-            self.target_actions[row] = self.actions[row, 0]
-            self.row_modes[row] = UNASSIGNED
-            self._open[i].append(row)
-            if done[i]:
-                self._finish(i, success_of(info))
+        # Ctrl-C half way would leave a buffer that has lost count of its rows
+        with uninterrupted():
+            for i, info in enumerate(infos):
+                row = self._take_row()
+                high_water = self.pos, self.full
+                self.pos = row
+                one = slice(i, i + 1)
+                super().add(rows_of(obs, one), rows_of(next_obs, one), action[one], reward[one], done[one], [info])
+                self.pos, self.full = high_water
+                self.positions[row], self.next_positions[row] = positions[i], next_positions[i]
+                self.target_actions[row] = self.actions[row, 0]
+                self.row_modes[row] = UNASSIGNED
+                self._open[i].append(row)
+                if done[i]:
+                    self._finish(i, success_of(info))
 
     def _positions(self, observations: Any) -> npt.NDArray[np.float32]:
         positions = np.asarray(self.position(observations), dtype=np.float32)
@@ -272,6 +279,13 @@ class TrajectoryReplayBuffer(ReplayBuffer):
         self.next_id += 1
         if success and sum(other.success for other in self.trajectories.values()) > self.max_successes:
             self._evict(True)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.trajectories.clear()
+        self.row_modes[:] = FREE
+        self._free, self._open = [], [[] for _ in self._open]
 
     def discard_unfinished(self, n_envs: int | None = None) -> None:
         """

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import pathlib
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
@@ -50,6 +51,9 @@ from sb3_qsm.ddiffpg.policies import (
 from sb3_qsm.evaluation import success_of
 
 SelfDDiffPG = TypeVar("SelfDDiffPG", bound="DDiffPG")
+
+#: Number of positions from which the scales of the novelty are taken
+MIN_POSITIONS = 100
 
 
 class DDiffPG(DiffusionOffPolicyAlgorithm):
@@ -257,10 +261,21 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         if self.n_atoms == 1:
             raise ValueError("n_atoms must be 0 for plain critics, or an integer >= 2, got 1")
         self._check_number("v_min", -np.inf)
-        self._check_number("v_max", self.v_min, strict=True)
+        # The exploration's returns, sums of what is new, are positive
+        self._check_number("v_max", max(self.v_min, 0.0) if self.n_atoms else self.v_min, strict=True)
         if self.replay_buffer_class is not None and not issubclass(self.replay_buffer_class, TrajectoryReplayBuffer):
             raise ValueError(
                 f"replay_buffer_class must be a subclass of TrajectoryReplayBuffer, got {self.replay_buffer_class.__name__}"
+            )
+        if self.replay_buffer_class is not None and isinstance(self.observation_space, spaces.Dict) != issubclass(
+            self.replay_buffer_class, DictTrajectoryReplayBuffer
+        ):
+            kind = (
+                "DictTrajectoryReplayBuffer" if isinstance(self.observation_space, spaces.Dict) else "TrajectoryReplayBuffer"
+            )
+            raise ValueError(
+                f"replay_buffer_class must be {kind} for {type(self.observation_space).__name__} observations, got "
+                f"{self.replay_buffer_class.__name__}"
             )
         if self.policy_kwargs.get("best_of_n", 1) != 1:
             raise ValueError(f"best_of_n must be 1, got {self.policy_kwargs['best_of_n']!r}: each mode has critics of its own")
@@ -287,6 +302,9 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         finally:
             # The user's arguments are stored as they were given
             self.replay_buffer_class, self.replay_buffer_kwargs = replay_buffer_class, replay_buffer_kwargs
+        for layer in self.critic.q_networks[0].children():
+            if not isinstance(layer, (nn.Linear, nn.LayerNorm)) and any(True for _ in layer.parameters()):
+                raise ValueError(f"critic_activation_fn must be one without parameters, got {type(layer).__name__}")
         position_dim = self.replay_buffer.positions.shape[1]
         for mode in self._modes:
             if mode.trajectory.shape[1] != position_dim:
@@ -361,10 +379,15 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
-        new_episodes = reset_num_timesteps or self._last_obs is None
+        new_episodes = reset_num_timesteps or self._last_obs is None or self._step_is_open
+        if self._modes and not self.replay_buffer.successes():
+            warnings.warn(
+                f"{len(self._modes)} modes are known, but the replay buffer has no success to recognise them by: they will be "
+                "replaced by modes of the next successes. Load the replay buffer to go on with them.",
+                stacklevel=3,
+            )
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         if new_episodes:
-            self.replay_buffer.discard_unfinished(self.n_envs)
             self._env_groups = [self._draw_group() for _ in range(self.n_envs)]
         return result
 
@@ -393,7 +416,8 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         for i, success in successes.items():
             if "is_success" not in infos[i] and self.ep_success_buffer is not None:
                 self.ep_success_buffer.append(success)  # SB3 logs their mean as rollout/success_rate
-            if self._env_groups[i] > 0:
+            # Not those of uniformly random actions
+            if self._env_groups[i] > 0 and self.num_timesteps > self.learning_starts:
                 self._outcomes[self._env_groups[i] - 1].append(success)
             self._env_groups[i] = self._draw_group()
         if self.n_atoms and successes:
@@ -428,8 +452,8 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
             self.update_modes()
         self.policy.set_training_mode(True)
         self._update_learning_rates()
-        if not self.novelty.fitted:
-            self.novelty.fit(self.replay_buffer.to_torch(self.replay_buffer.visited_positions()))
+        if not self.novelty.fitted and len(visited := self.replay_buffer.visited_positions()) >= MIN_POSITIONS:
+            self.novelty.fit(self.replay_buffer.to_torch(visited))
         metrics: list[Metrics] = []
 
         for _ in range(gradient_steps):
@@ -439,7 +463,8 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
 
             metrics.append(self._update_critics(batch, noise))
             metrics.append(self._update_actor(batch, self._ascend_target_actions(batch), noise))
-            metrics.append(self._update_novelty(batch))
+            if self.novelty.fitted:
+                metrics.append(self._update_novelty(batch))
             for critic, critic_target in self.policy.group_critics():
                 self._update_target(critic, critic_target)
 
@@ -469,7 +494,9 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         losses = [CriticLoss(self.actor, *pair) for pair in self.policy.group_critics()]
         with th.no_grad():
             novelty, next_novelty = self.novelty(batch.positions), self.novelty(batch.next_positions)
-            intrinsic = noveld_reward(novelty, next_novelty, self.intrinsic_reward_scale).unsqueeze(1)
+            # Without scales there is no saying what is new
+            scale = self.intrinsic_reward_scale if self.novelty.fitted else 0.0
+            intrinsic = noveld_reward(novelty, next_novelty, scale).unsqueeze(1)
             features = self.actor.features(data.next_observations, self._contexts(batch))
             next_actions = losses[0].next_actions(features, noise, self.target_policy_noise)
         values, q_values = [], []
@@ -582,6 +609,13 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         members = [np.flatnonzero(labels == label) for label in order]
         representatives = [successes[rows[medoid(square[np.ix_(rows, rows)])]] for rows in members]
 
+        if self.batch_size < len(members) + 1:
+            warnings.warn(
+                f"batch_size={self.batch_size} has no part for each of {len(members)} modes and the exploration: some learn "
+                "nothing",
+                stacklevel=2,
+            )
+
         modes = {successes[i].id: mode for mode, rows in enumerate(members) for i in rows}
         for trajectory in buffer.trajectories.values():
             if not trajectory.success:
@@ -640,12 +674,21 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
         """
-        Load a replay buffer, without the episodes that were not finished.
+        Load a replay buffer, without the episodes that were not finished. The environments begin new ones.
 
         :param path: Path to the file, or the file
         :param truncate_last_traj: Not used: an episode that was not finished cannot go on
+        :raises ValueError: if it is none of DDiffPG, or its positions have another size; the one that was there stays
         """
-        super().load_replay_buffer(path, truncate_last_traj)
+        before = self.replay_buffer
+        try:
+            super().load_replay_buffer(path, truncate_last_traj)
+            _check_same_kind(self.replay_buffer, before)
+        except BaseException:
+            self.replay_buffer = before
+            raise
+        # The environments are in the midst of episodes that the buffer does not know
+        self._last_obs = None
         self.replay_buffer.discard_unfinished(self.n_envs)
         # Its trajectories may have the numbers of others
         self._distances.known.clear()
@@ -700,3 +743,13 @@ def _parts(sizes: list[int]) -> list[slice]:
     """Where the groups of a batch are."""
     ends = np.cumsum(sizes).tolist()
     return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+def _check_same_kind(loaded: ReplayBuffer, own: TrajectoryReplayBuffer) -> None:
+    """Refuse a replay buffer that is not like the model's own."""
+    if type(loaded) is not type(own):
+        raise ValueError(f"The replay buffer must be a {type(own).__name__}, got a {type(loaded).__name__}")
+    assert isinstance(loaded, TrajectoryReplayBuffer)
+    size, own_size = loaded.positions.shape[1], own.positions.shape[1]
+    if size != own_size:
+        raise ValueError(f"The replay buffer's positions must have {own_size} entries, got {size}: see the argument position")

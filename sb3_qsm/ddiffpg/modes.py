@@ -130,6 +130,8 @@ def cluster(
     # Two trajectories are the smallest cluster with a width
     for n_clusters in range(2, len(square) // 2 + 1):
         labels = np.asarray(hierarchy.fcluster(tree, n_clusters, criterion="maxclust"), dtype=np.int64) - 1
+        if labels.max() == 0:
+            continue  # identical ones cannot be told apart
         value = silhouette(square, labels)
         if value > best_silhouette:
             best, best_silhouette = labels, value

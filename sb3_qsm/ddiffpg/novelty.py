@@ -7,6 +7,9 @@ from torch import nn
 
 from sb3_qsm.diffusion.networks import mlp
 
+#: Largest novelty, where that of the first positions is one on average
+MAX_NOVELTY = 10.0
+
 
 class RandomNetworkDistillation(nn.Module):
     """
@@ -65,10 +68,11 @@ class RandomNetworkDistillation(nn.Module):
     def forward(self, positions: th.Tensor) -> th.Tensor:
         """
         :param positions: Positions, shape ``(batch, position_dim)``
-        :return: Their novelty, shape ``(batch,)``
+        :return: Their novelty, at most :data:`MAX_NOVELTY`, shape ``(batch,)``
         """
         novelty: th.Tensor = th.linalg.vector_norm(self.error(positions), dim=1) / self.scale
-        return novelty
+        # What is far from all that the scales were taken from must not outweigh the task's own reward
+        return novelty.clamp_max(MAX_NOVELTY)
 
 
 def noveld_reward(novelty: th.Tensor, next_novelty: th.Tensor, scale: float = 0.01, alpha: float = 0.5) -> th.Tensor:

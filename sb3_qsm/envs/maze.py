@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
+from sb3_qsm.common.checks import check_integer, check_number
 from sb3_qsm.envs.plane import Box, FloatArray, PlaneEnv, check_routes
 
 Observation = npt.NDArray[np.float32]
@@ -61,7 +62,7 @@ class MazeEnv(PlaneEnv):
     :param action_repeat: Steps of the simulation for one action; by default 5 for the point, of 0.01 s each, and 1 for the
         ant, of 0.05 s
     :param goal_radius: Distance at which a goal is reached, in cells
-    :param start_noise: Largest distance of the start from the centre of its cell along each axis, in cells
+    :param start_noise: Largest distance of the start from the centre of its cell along each axis, in cells; at most 0.4
     :param blocked: Indices of routes whose gate is a wall
     :param render_mode: ``"rgb_array"`` or None
     :raises ImportError: if gymnasium-robotics is not installed
@@ -81,8 +82,11 @@ class MazeEnv(PlaneEnv):
     ) -> None:
         if agent not in ("point", "ant"):
             raise ValueError(f"agent must be 'point' or 'ant', got {agent!r}")
-        if action_repeat is not None and (not isinstance(action_repeat, int) or action_repeat < 1):
-            raise ValueError(f"action_repeat must be an integer >= 1, got {action_repeat!r}")
+        if action_repeat is not None:
+            check_integer("action_repeat", action_repeat, 1)
+        check_number("goal_radius", goal_radius, 0.0, strict=True)
+        # Beyond half a cell the start might be in a wall
+        check_number("start_noise", start_noise, 0.0, high=0.4)
         _check_map(maze_map, gates)
         closed = [gates[route] for route in check_routes(blocked, len(gates))]
         maze_map = [

@@ -134,8 +134,10 @@ def check_routes(blocked: Sequence[int], n_routes: int) -> tuple[int, ...]:
     :return: The indices
     :raises ValueError: if one of them is no route
     """
+    if not isinstance(blocked, Sequence) or isinstance(blocked, str):
+        raise ValueError(f"blocked must hold indices of routes, such as [0], got {blocked!r}")
     for route in blocked:
-        if route not in range(n_routes):
+        if isinstance(route, bool) or not isinstance(route, (int, np.integer)) or route not in range(n_routes):
             allowed = f"routes are 0 to {n_routes - 1}" if n_routes else "this environment has no routes"
             raise ValueError(f"blocked must hold indices of routes, got {route!r}; {allowed}")
     return tuple(blocked)

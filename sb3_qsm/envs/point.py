@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
+from sb3_qsm.common.checks import check_integer, check_number
 from sb3_qsm.envs.plane import Box, FloatArray, PlaneEnv, inside
 
 Observation = npt.NDArray[np.float32]
@@ -50,11 +51,9 @@ class PointEnv(PlaneEnv):
         super().__init__(goals, goal_radius, bounds, obstacles, gates, blocked, render_mode)
         if reward_type not in ("dense", "sparse"):
             raise ValueError(f"reward_type must be 'dense' or 'sparse', got {reward_type!r}")
-        for name, value, lowest in (("step_size", step_size, 0.0), ("goal_radius", goal_radius, 0.0)):
-            if not value > lowest:
-                raise ValueError(f"{name} must be > {lowest:g}, got {value!r}")
-        if not start_noise >= 0.0:
-            raise ValueError(f"start_noise must be >= 0, got {start_noise!r}")
+        check_number("step_size", step_size, 0.0, strict=True)
+        check_number("goal_radius", goal_radius, 0.0, strict=True)
+        check_number("start_noise", start_noise, 0.0)
         self.start = np.asarray(start, dtype=np.float64)
         self.step_size = step_size
         self.reward_type = reward_type
@@ -83,7 +82,10 @@ class PointEnv(PlaneEnv):
         :return: First observation and info
         """
         super().reset(seed=seed, options=options)
-        self._position = self._within(self.start + self.start_noise * self.np_random.standard_normal(2))
+        while True:
+            self._position = self._within(self.start + self.start_noise * self.np_random.standard_normal(2))
+            if not any(inside(self._position, obstacle) for obstacle in self.obstacles):
+                break
         return self._observation(), self._start_path()
 
     def step(self, action: npt.NDArray[Any]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
@@ -125,8 +127,7 @@ class NGoalPointEnv(PointEnv):
     """
 
     def __init__(self, n_goals: int = 4, step_size: float = 0.25, **kwargs: Any) -> None:
-        if isinstance(n_goals, bool) or not isinstance(n_goals, int) or n_goals < 1:
-            raise ValueError(f"n_goals must be an integer >= 1, got {n_goals!r}")
+        check_integer("n_goals", n_goals, 1)
         angles = [2.0 * math.pi * i / n_goals for i in range(n_goals)]
         goals = [(math.cos(angle), math.sin(angle)) for angle in angles]
         super().__init__(goals, (0.0, 0.0), (-1.5, -1.5, 1.5, 1.5), step_size=step_size, **kwargs)

@@ -9,10 +9,12 @@ import pytest
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+from torch import nn
 
-from sb3_qsm import DDiffPG
+from sb3_qsm import QSM, DDiffPG
+from sb3_qsm.ddiffpg.buffers import DictTrajectoryReplayBuffer
 from sb3_qsm.envs import NGoalPointEnv
-from tests.ddiffpg.models import make_model, make_picture_env, make_point, make_trained
+from tests.ddiffpg.models import make_env, make_model, make_picture_env, make_point, make_trained
 from tests.test_run import BOX, DummyEnv
 
 pytest.importorskip("dtaidistance")
@@ -30,9 +32,21 @@ BAD_ARGUMENTS = [
     ({"novelty_learning_rate": 0.0}, "novelty_learning_rate must be a number > 0, got 0.0"),
     ({"n_atoms": -1}, "n_atoms must be an integer >= 0, got -1"),
     ({"n_atoms": 1}, "n_atoms must be 0 for plain critics, or an integer >= 2, got 1"),
+    ({"n_atoms": 51, "v_min": -20.0, "v_max": 0.0}, "v_max must be a number > 0, got 0.0"),
     ({"n_atoms": 51, "v_min": 2.0}, "v_max must be a number > 2, got 1.0"),
     ({"v_min": None}, "v_min must be a number >= -inf, got None"),
     ({"sampler": "euler"}, "Unknown sampler 'euler'; known ones: ddim, ddpm, ddpm_x0"),
+    ({"position": 0}, "position must hold indices from 0 to 1 of the observation, got 0"),
+    ({"position": [0.0, 1.0]}, "position must hold indices from 0 to 1 of the observation, got [0.0, 1.0]"),
+    ({"position": [True, False]}, "position must hold indices from 0 to 1 of the observation, got [True, False]"),
+    (
+        {"policy_kwargs": {"critic_activation_fn": nn.PReLU}},
+        "critic_activation_fn must be one without parameters, got PReLU",
+    ),
+    (
+        {"replay_buffer_class": DictTrajectoryReplayBuffer},
+        "replay_buffer_class must be TrajectoryReplayBuffer for Box observations, got DictTrajectoryReplayBuffer",
+    ),
     ({"position": [2]}, "position must hold indices from 0 to 1 of the observation, got [2]"),
     (
         {"replay_buffer_class": ReplayBuffer},
@@ -95,6 +109,27 @@ def test_returns_outside_of_the_atoms():
         ValueError, match="v_min=0 and v_max=5 must contain all discounted returns, got 10 at environment step"
     ):
         model.learn(200)
+
+
+def test_returns_below_the_atoms():
+    env = gym.wrappers.TransformReward(make_point(), lambda reward: reward - 1.0)
+    model = make_model(DummyVecEnv([lambda: env]), n_atoms=11, v_min=-0.5)
+    with pytest.raises(ValueError, match="v_min=-0.5 and v_max=1 must contain all discounted returns, got -1"):
+        model.learn(200)
+
+
+def test_replay_buffer_of_another_kind(tmp_path):
+    model = make_trained()
+    own = model.replay_buffer
+    options = {"buffer_size": 20, "policy_kwargs": {"net_arch": [8]}}
+    QSM("MlpPolicy", make_env(), **options).save_replay_buffer(tmp_path / "qsm")
+    with pytest.raises(ValueError, match="must be a TrajectoryReplayBuffer, got a NStepReplayBuffer"):
+        model.load_replay_buffer(tmp_path / "qsm")
+    make_model(position=[0]).save_replay_buffer(tmp_path / "other")
+    with pytest.raises(ValueError, match="positions must have 2 entries, got 1: see the argument position"):
+        model.load_replay_buffer(tmp_path / "other")
+    assert model.replay_buffer is own
+    model.learn(20, reset_num_timesteps=False)
 
 
 def test_position_function_of_the_wrong_shape():

@@ -2,11 +2,13 @@
 
 import pickle
 import re
+import signal
 from copy import deepcopy
 
 import numpy as np
 import pytest
 from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_qsm.ddiffpg.buffers import (
@@ -303,6 +305,41 @@ def test_no_success_flag():
     message = "must have 'success' or 'is_success', True if the episode succeeded; there: 'lives'"
     with pytest.raises(ValueError, match=message):
         buffer.add(obs, obs, np.zeros((1, 2)), np.zeros(1), np.ones(1, dtype=bool), [{"lives": 3}])
+
+
+def test_reset_forgets_everything():
+    buffer = filled_buffer()
+    buffer.reset()
+    assert (buffer.size(), buffer.trajectories, buffer.successes()) == (0, {}, [])
+    add_episode(buffer, 4, True, 1.0)
+    assert buffer.size() == 4
+    assert buffer.sample_groups(6, 0).sizes == [6]
+
+
+def test_interrupt_while_a_step_is_stored(monkeypatch):
+    """Ctrl-C waits until the buffer knows again which rows are whose."""
+    buffer = make_buffer(20)
+    for value in range(6):
+        add_episode(buffer, 4, False, float(value))
+    normal = ReplayBuffer.add
+
+    def interrupted(self, *args):
+        signal.raise_signal(signal.SIGINT)
+        normal(self, *args)
+
+    # Which xdist's workers ignore
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    size, pos = buffer.size(), buffer.pos
+    try:
+        monkeypatch.setattr(ReplayBuffer, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            add_episode(buffer, 4, False, 9.0)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert (buffer.pos, buffer.full) == (pos, True)
+    rows = np.concatenate([trajectory.rows for trajectory in buffer.trajectories.values()])
+    assert len(set(rows.tolist())) == len(rows) == buffer.size() - 1 <= size
+    assert buffer._open[0][0] not in rows
 
 
 def test_pickled_with_everything():

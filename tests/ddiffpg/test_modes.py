@@ -127,6 +127,11 @@ def test_stray_trajectories_are_no_modes(threshold):
     assert len(set(cluster(TrajectoryDistances().condensed(found), threshold, min_size=1))) == 4
 
 
+def test_identical_trajectories_are_one_mode():
+    with np.errstate(all="raise"):
+        np.testing.assert_array_equal(cluster(np.zeros(15)), np.zeros(6))
+
+
 def test_silhouette_by_its_definition():
     rng = np.random.default_rng(0)
     points, labels = rng.normal(size=(12, 3)), np.array([0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 3, 3])

@@ -3,7 +3,7 @@
 import pytest
 import torch as th
 
-from sb3_qsm.ddiffpg.novelty import RandomNetworkDistillation, noveld_reward
+from sb3_qsm.ddiffpg.novelty import MAX_NOVELTY, RandomNetworkDistillation, noveld_reward
 
 
 def train(novelty: RandomNetworkDistillation, positions: th.Tensor, steps: int) -> None:
@@ -66,6 +66,17 @@ def test_one_position_only():
     novelty = RandomNetworkDistillation(2)
     novelty.fit(th.ones(10, 2))
     assert novelty(th.ones(1, 2)).isfinite().all()
+
+
+def test_novelty_is_bounded():
+    """A coordinate that never changed at first, and then does."""
+    th.manual_seed(0)
+    positions = th.cat([th.rand(200, 1), th.zeros(200, 1)], dim=1)
+    novelty = RandomNetworkDistillation(2)
+    novelty.fit(positions)
+    with th.no_grad():
+        far = novelty(positions + th.tensor([0.0, 1.0]))
+    assert novelty(positions).mean() < 2.0 < far.min() <= far.max() <= MAX_NOVELTY
 
 
 def test_noveld():

@@ -20,6 +20,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 import sb3_qsm.ddiffpg
 from sb3_qsm import QSM, DDiffPG
 from sb3_qsm.ddiffpg.buffers import EXPLORATION, MODE, DictTrajectoryReplayBuffer, TrajectoryReplayBuffer
+from sb3_qsm.ddiffpg.modes import Inheritance, dtw_distance
 from sb3_qsm.envs import NGoalPointEnv
 from sb3_qsm.evaluation import count_modes
 from tests.ddiffpg.models import (
@@ -32,6 +33,7 @@ from tests.ddiffpg.models import (
     make_trained,
     position_in,
 )
+from tests.envs import SpacesEnv
 from tests.test_run import all_differ, logged, parameters, read_csv, same
 
 pytest.importorskip("dtaidistance")
@@ -221,6 +223,119 @@ def test_the_exploration_is_paid_for_novelty_alone():
     assert logged(model, "exploration_critic_loss") > 0.0
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_the_modes_are_paid_for_both(monkeypatch, scale):
+    """Without a future the targets are the rewards: novelty alone for the exploration, the task's reward too for a mode."""
+    model = make_trained(gamma=0.0, intrinsic_reward_scale=scale)
+    monkeypatch.setattr("sb3_qsm.ddiffpg.ddiffpg.noveld_reward", lambda n, next_n, factor: factor * th.full_like(n, 7.0))
+    batch = model.replay_buffer.sample_groups(30, 2)
+    data = batch.transitions
+    expected = []
+    for (critic, _), part, paid in zip(
+        model.policy.group_critics(), (slice(0, 10), slice(10, 20), slice(20, 30)), (0.0, 1.0, 1.0), strict=True
+    ):
+        with th.no_grad():
+            q_values = th.cat(critic(data.observations[part], data.actions[part]), dim=1)
+        target = 7.0 * scale + paid * data.rewards[part]
+        expected.append((q_values - target).square().mean(dim=0).sum().item())
+    metrics = model._update_critics(batch, model._draw_noise(data))
+    assert metrics["exploration_critic_loss"].item() == pytest.approx(expected[0], rel=1e-5)
+    assert metrics["critic_loss"].item() == pytest.approx((expected[1] + expected[2]) / 2, rel=1e-5)
+
+
+def test_nothing_is_new_before_there_are_enough_positions():
+    model = make_model(learning_starts=0, train_freq=1, n_atoms=0).learn(80)
+    assert not model.novelty.fitted
+    assert logged(model, "intrinsic_reward") == 0.0
+    assert "train/novelty_loss" not in model.logger.name_to_value
+    model.learn(80, reset_num_timesteps=False)
+    assert model.novelty.fitted
+    assert 0.0 < logged(model, "intrinsic_reward") < 0.1
+
+
+def test_next_actions_and_losses_follow_the_modes(monkeypatch):
+    """The next action of a mode's target has the mode's embedding; the actor's is left out with the given probability."""
+    model = make_trained(mode_dropout=0.3)
+    seen, contexts = [], []
+    features, context_of = model.actor.features, model._contexts
+    monkeypatch.setattr(model.actor, "features", lambda obs, context=None: seen.append(context) or features(obs, context))
+    monkeypatch.setattr(model, "_contexts", lambda batch, dropout=0.0: contexts.append(dropout) or context_of(batch, dropout))
+    model.train(gradient_steps=1, batch_size=30)
+    assert contexts == [0.0, 0.3]
+    assert th.equal(seen[0], model.actor.mode_embeddings.repeat_interleave(10, dim=0))
+
+
+def test_actions_climb_on_the_critics_of_their_own_group():
+    """The exploration's critics rise with the first action, one mode's with the second, the other's fall with it."""
+    model = make_trained(target_action_steps=3)
+    slopes = [(1.0, 0.0), (0.0, 1.0), (0.0, -1.0)]
+    with th.no_grad():
+        for (critic, _), slope in zip(model.policy.group_critics(), slopes, strict=True):
+            for network in critic.q_networks:
+                linear = [layer for layer in network if isinstance(layer, th.nn.Linear)]
+                for parameter in network.parameters():
+                    parameter.zero_()
+                for layer in network:
+                    if isinstance(layer, th.nn.LayerNorm):
+                        layer.weight.fill_(1.0)
+                linear[0].weight[0, 2:] = th.tensor(slope)
+                linear[-1].weight[0, 0] = 1.0
+    buffer = model.replay_buffer
+    buffer.target_actions[:] = 0.0
+    batch = buffer.sample_groups(30, 2)
+    shift = model._ascend_target_actions(batch).numpy()
+    for part, slope in zip((slice(0, 10), slice(10, 20), slice(20, 30)), slopes, strict=True):
+        np.testing.assert_array_equal(np.sign(shift[part]), np.tile(slope, (10, 1)))
+
+
+def test_the_actor_clones_the_target_actions(monkeypatch):
+    model = make_trained()
+    seen = []
+    update = model._update_actor
+    monkeypatch.setattr(model, "_update_actor", lambda *args: seen.append(args) or update(*args))
+    model.train(gradient_steps=1, batch_size=30)
+    ((batch, target_actions, noise),) = seen
+    columns = np.repeat([EXPLORATION, MODE, MODE], 10)
+    np.testing.assert_array_equal(target_actions.numpy(), model.replay_buffer.target_actions[batch.rows, columns])
+    assert not np.array_equal(target_actions.numpy(), model.replay_buffer.actions[batch.rows, 0])
+    # The loss is that of the noise in these actions
+    model.mode_dropout = 0.0
+    with th.no_grad():
+        noisy = model.actor.schedule.add_noise(target_actions, noise.eps, noise.t)
+        features = model.actor.features(batch.transitions.observations, model._contexts(batch))
+        expected = (model.actor.predict_noise(features, noisy, noise.t) - noise.eps).square().mean()
+    loss = update(batch, target_actions, noise)["actor_loss"]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_categorical_targets_are_those_of_the_more_cautious_critic():
+    model = make_trained(n_atoms=11, v_max=2.0, intrinsic_reward_scale=0.0)
+    with th.no_grad():
+        for _, target in model.policy.group_critics():
+            for i, network in enumerate(target.q_networks):
+                # One predicts a large return, the other a small one, in every state
+                network[-1].weight.zero_()
+                network[-1].bias.copy_(th.eye(11)[9 if i == 0 else 2] * 50.0)
+    batch = model.replay_buffer.sample_groups(30, 2)
+    data = batch.transitions
+    dones = data.dones[:10].numpy()
+    support = np.linspace(0.0, 2.0, 11)
+    expected = 0.0
+    with th.no_grad():
+        logits = model.critic.logits(data.observations[:10], data.actions[:10]).log_softmax(dim=-1).numpy()
+    for i in range(10):
+        # Without the task's reward, which is not the exploration's
+        value = (1.0 - dones[i, 0]) * model.gamma * support[2]
+        position = value / 0.2
+        low = int(np.floor(position))
+        weights = np.zeros(11)
+        weights[low] += low + 1 - position
+        weights[min(low + 1, 10)] += position - low
+        expected -= (logits[:, i] @ weights).sum() / 10
+    metrics = model._update_critics(batch, model._draw_noise(data))
+    assert metrics["exploration_critic_loss"].item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_target_actions_are_kept_and_moved_on():
     model = make_trained(target_action_steps=5)
     buffer = model.replay_buffer
@@ -366,6 +481,140 @@ def test_new_modes_inherit_critics():
     critics = list(model.policy.mode_critics)
     model.update_modes()
     assert all(old is new for old, new in zip(critics, model.policy.mode_critics, strict=True))
+
+
+def test_a_mode_that_splits_off_copies_the_critics_of_its_parent():
+    model = make_trained()
+    model.train(5, 30)
+    policy = model.policy
+    old = [parameters(critic) for pair in policy.group_critics() for critic in pair]
+    embeddings = policy.actor.mode_embeddings.clone()
+    assert all_differ(old[0], old[4])
+    policy.inherit([Inheritance(1, True), Inheritance(1, False), Inheritance(None, False)])
+    new = [parameters(critic) for pair in policy.group_critics() for critic in pair]
+    assert len(new) == 8
+    for i, source in enumerate((0, 1, 4, 5, 4, 5, 0, 1)):
+        assert same(new[i], old[source])
+    found = policy.actor.mode_embeddings
+    assert th.equal(found[:2], embeddings[[0, 2]])
+    assert len({tuple(row) for row in [*embeddings.tolist(), *found.tolist()]}) == 5
+    # A copy learns on its own
+    assert policy.mode_critics[0] is not policy.mode_critics[1]
+
+
+def test_copies_begin_without_outcomes(monkeypatch):
+    model = make_trained()
+    for outcomes in model._outcomes:
+        outcomes.extend([True, False])
+    ids = [trajectory.id for trajectory in model.replay_buffer.successes()]
+    half = len(ids) // 2
+    first = [trajectory.id for trajectory in model.replay_buffer.successes() if trajectory.mode == 0]
+    labels = np.array([0 if i in first[: len(first) // 2 + 1] else 1 if i in first else 2 for i in ids])
+    assert half > 2
+    monkeypatch.setattr("sb3_qsm.ddiffpg.ddiffpg.cluster", lambda *args: labels)
+    model.update_modes()
+    assert len(model.modes) == 3
+    assert sorted(len(outcomes) > 0 for outcomes in model._outcomes) == [False, True, True]
+    assert len(model._outcomes[2]) == 0
+
+
+def test_failures_join_the_mode_that_they_are_nearest_to():
+    model = make_trained()
+    failures = [trajectory for trajectory in model.replay_buffer.trajectories.values() if not trajectory.success]
+    assert len(failures) > 4
+    for trajectory in failures:
+        distances = [dtw_distance(trajectory.positions, mode.trajectory) for mode in model.modes]
+        if trajectory.mode >= 0:
+            assert trajectory.mode == int(np.argmin(distances))
+    assert {trajectory.mode for trajectory in failures} >= {0, 1}
+
+
+def test_fifteen_modes():
+    """Each goal of fifteen is a mode, has a part of each batch and can be chosen."""
+    env = DummyVecEnv([lambda: make_point(15)])
+    model = make_model(env, learning_starts=10**6, buffer_size=20_000, cluster_threshold=None, batch_size=64)
+    model.learn(1)
+    buffer = model.replay_buffer
+    buffer.discard_unfinished()
+    generator = np.random.default_rng(0)
+    for _ in range(5):
+        for k in range(15):
+            goal = 0.9 * np.array([np.cos(2 * np.pi * k / 15), np.sin(2 * np.pi * k / 15)])
+            path = (np.linspace(0, 1, 5)[:, None] * goal + 0.01 * generator.standard_normal((5, 2))).astype(np.float32)
+            for i in range(4):
+                done, info = np.array([i == 3]), {"success": True}
+                buffer.add(path[i : i + 1], path[i + 1 : i + 2], np.zeros((1, 2)), done.astype(float), done, [info])
+    model.update_modes()
+    assert len(model.modes) == 15
+    assert {mode.size for mode in model.modes} <= {5, 6}
+    assert buffer.sample_groups(64, 15).sizes == [4] * 16
+    model.set_logger(Logger(None, []))
+    model.train(2, 64)
+    actions = [model.predict(np.zeros(2, np.float32), deterministic=True, mode=k)[0] for k in range(15)]
+    assert len({tuple(action) for action in actions}) == 15
+
+
+def test_a_batch_too_small_for_the_modes():
+    model = make_model(batch_size=2, learning_starts=1000).learn(200)
+    with pytest.warns(UserWarning, match="batch_size=2 has no part for each of 2 modes"):
+        model.update_modes()
+
+
+def test_an_episode_that_a_callback_stopped_is_not_joined_to_the_next():
+    model = make_model(train_freq=1).learn(200, callback=StopTrainingOnMaxEpisodes(5))
+    before = set(model.replay_buffer.trajectories)
+    model.learn(60, reset_num_timesteps=False)
+    new = [trajectory for i, trajectory in model.replay_buffer.trajectories.items() if i not in before]
+    assert len(new) > 3
+    for trajectory in new:
+        np.testing.assert_array_equal(trajectory.positions[0], 0.0)
+        assert np.linalg.norm(np.diff(trajectory.positions, axis=0), axis=1).max() <= 0.6 + 1e-5
+
+
+def test_random_actions_tell_nothing_of_the_modes():
+    model = make_trained()
+    for outcomes in model._outcomes:
+        outcomes.clear()
+    model.learning_starts = 60
+    model.learn(60)
+    assert [len(outcomes) for outcomes in model._outcomes] == [0, 0]
+    model.learn(60, reset_num_timesteps=False)
+    assert sum(len(outcomes) for outcomes in model._outcomes) > 0
+
+
+def test_going_on_without_the_replay_buffer_warns(tmp_path):
+    make_trained().save(tmp_path / "model")
+    model = DDiffPG.load(tmp_path / "model", env=make_env())
+    with pytest.warns(UserWarning, match="2 modes are known, but the replay buffer has no success"):
+        model.learn(1, reset_num_timesteps=False)
+
+
+@pytest.mark.parametrize(
+    "space", [spaces.Discrete(3), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(3)], ids=lambda space: type(space).__name__
+)
+def test_discrete_observations(space):
+    """They need a position function; here it is the number of the step."""
+    model = make_model(
+        DummyVecEnv([lambda: SuccessfulEnv(space, spaces.Box(-1, 1, (2,)))]),
+        position=lambda observations: np.asarray(observations, dtype=np.float32).reshape(len(observations), -1),
+        learning_starts=10,
+    ).learn(60)
+    assert model._n_updates > 0
+    assert model.action_space.contains(model.predict(space.sample(), deterministic=True)[0])
+
+
+class SuccessfulEnv(SpacesEnv):
+    """Every episode succeeds."""
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = super().step(action)
+        return observation, reward, terminated, truncated, {**info, "success": True}
+
+
+def test_a_shared_features_extractor_and_several_environments():
+    model = make_model(make_env(2), policy_kwargs={"share_features_extractor": True}).learn(200)
+    assert len(model.modes) == 2
+    assert model._n_updates > 0
 
 
 def test_deterministic_by_the_seed():
