@@ -128,6 +128,16 @@ def test_console_scripts_of_the_wheel_exist(wheel: Path):
         assert callable(getattr(importlib.import_module(module), name))
 
 
+def test_twine_finds_nothing(wheel: Path):
+    pytest.importorskip("twine")
+    files = [wheel, *wheel.parent.glob("*.tar.gz")]
+    assert len(files) == 2
+    command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, files)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stdout
+    assert finished.stdout.count("PASSED") == 2
+
+
 @pytest.mark.slow
 def test_wheel_in_an_empty_environment_runs_the_readme(wheel: Path, tmp_path: Path):
     """Installs torch and the other dependencies, so it needs a package index."""
