@@ -12,6 +12,7 @@ from gymnasium import spaces
 from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import (
+    BaseCallback,
     CallbackList,
     CheckpointCallback,
     EvalCallback,
@@ -402,6 +403,42 @@ def test_n_step_return(last, bootstraps, monkeypatch):
     model.train(gradient_steps=1, batch_size=4)
     target = 1.0 + 0.9 * 2.0 + (0.9**2 * 3.0 + 0.9**3 * 4.0 if last == "none" else 0.9**2 * 4.0 * bootstraps)
     assert logged(model, "critic_loss") == pytest.approx(2 * target**2, rel=1e-5)
+
+
+def test_returns_do_not_run_on_where_a_training_resets_the_environment():
+    """The second `learn` begins with new episodes: the three-step return of the last old step ends there, and bootstraps."""
+    model = make_model(DummyVecEnv([lambda: DummyEnv(BOX, BOX)]), learning_starts=1000, n_steps=3)
+    model.learn(14)
+    model.learn(6)
+    buffer = model.replay_buffer
+    assert buffer.timeouts[:20, 0].nonzero()[0].tolist() == [9, 13]
+    assert buffer.dones[:20, 0].nonzero()[0].tolist() == [9, 13]
+    samples = buffer._get_samples(np.array([12, 13, 14]))
+    np.testing.assert_allclose(samples.rewards[:, 0], [1 + 0.99, 1, 1 + 0.99 + 0.99**2], rtol=1e-5)
+    assert not samples.dones.any()
+    # Without a reset an episode goes on
+    model.learn(6, reset_num_timesteps=False)
+    assert buffer.timeouts[:26, 0].nonzero()[0].tolist() == [9, 13, 23]
+
+
+def test_a_step_that_a_callback_stopped_is_no_gap_in_an_episode():
+    """Its transition is not stored, so that the next `learn` must begin with a reset."""
+
+    class Stop(BaseCallback):
+        def _on_step(self):
+            return self.n_calls < 4
+
+    model = make_model(DummyVecEnv([lambda: DummyEnv(BOX, BOX)]), learning_starts=1000, n_steps=3)
+    model.learn(14, callback=Stop())
+    env = model.env.envs[0].unwrapped
+    assert env.n_steps == 4
+    model.learn(5, reset_num_timesteps=False)
+    assert env.n_steps == 5
+    buffer = model.replay_buffer
+    assert buffer.pos == 8
+    assert buffer.timeouts[:8, 0].nonzero()[0].tolist() == [2]
+    for row in (0, 1, 3, 4, 5, 6):
+        np.testing.assert_array_equal(buffer.next_observations[row], buffer.observations[row + 1])
 
 
 def test_n_steps_learns():
