@@ -67,6 +67,7 @@ class Task:
 ASCENT = {"target_action_steps": 5}
 # The gradient at the noised action follows the nearest hill of the critic; see the page on modes
 NOISED = {"score_target": "noised"}
+SMALL = {"policy_kwargs": {"net_arch": [128, 128]}}
 MAZE = {"ddiffpg": {"position": [0, 1], **ASCENT}, "qsm": NOISED}
 TASKS = {
     "point": Task(
@@ -80,8 +81,8 @@ TASKS = {
             "qsm": {"n_steps": 1, "exploration_initial_eps": 1.0, "exploration_decay_steps": 20_000, **NOISED},
         },
     ),
-    "two-routes": Task("sb3_qsm/PointMaze_TwoRoutes-v0", 2, 30_000, routes=True, own=MAZE),
-    "four-goals": Task("sb3_qsm/PointMaze_FourGoals-v0", 4, 60_000, own=MAZE),
+    "two-routes": Task("sb3_qsm/PointMaze_TwoRoutes-v0", 2, 30_000, True, SMALL, MAZE),
+    "four-goals": Task("sb3_qsm/PointMaze_FourGoals-v0", 4, 60_000, False, SMALL, MAZE),
 }
 ALGORITHMS: dict[str, type[OffPolicyAlgorithm]] = {
     "ddiffpg": DDiffPG,
