@@ -1,7 +1,7 @@
 """
 Learning from data of mixed quality: behaviour cloning, offline Q-score matching, and going on online.
 
-    python benchmarks/offline.py --env InvertedDoublePendulum-v5 --seeds 0 1 2 --out benchmarks/results/offline
+    python benchmarks/offline.py --seeds 0 1 2 --kwargs '{"compile": true}' --out benchmarks/results/offline
 
 For each seed an agent is trained online for ``--collect`` steps, and everything it did on the way, from random actions to its
 last ones, is the dataset. Two new agents are pretrained on it: one clones it, one also follows its critic. The latter then
@@ -92,9 +92,9 @@ def main() -> None:
     parser.add_argument("--env", default="InvertedDoublePendulum-v5")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--collect", type=int, default=10_000, help="environment steps of the dataset")
-    parser.add_argument("--pretrain", type=int, default=20_000, help="gradient steps on the dataset")
+    parser.add_argument("--pretrain", type=int, default=8_000, help="gradient steps on the dataset")
     parser.add_argument("--online", type=int, default=10_000, help="environment steps afterwards")
-    parser.add_argument("--behaviour", type=float, default=0.9, help="weight of the behaviour term in offline QSM")
+    parser.add_argument("--behaviour", type=float, default=0.7, help="weight of the behaviour term in offline QSM")
     parser.add_argument("--eval-freq", type=int, default=2000)
     parser.add_argument("--eval-episodes", type=int, default=10)
     parser.add_argument("--kwargs", type=json.loads, default={}, help="further constructor arguments, as JSON")
