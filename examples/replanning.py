@@ -4,7 +4,7 @@ Train DDiffPG where two routes lead to a goal, close one of them, and take the o
     python examples/replanning.py
     python examples/replanning.py --timesteps 30000 --seed 1
 
-A policy without modes runs into the closed gate. One with modes notices that it stands still, and goes on in another mode.
+An agent that keeps to its mode runs into the closed gate. This one notices that it stands still, and goes on in another mode.
 """
 
 import argparse

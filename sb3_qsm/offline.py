@@ -19,6 +19,7 @@ from stable_baselines3.common.preprocessing import maybe_transpose
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_qsm.common.buffers import replay_buffer_for
 from sb3_qsm.common.checks import check_integer, check_number
@@ -72,17 +73,24 @@ class OfflineTraining(DiffusionOffPolicyAlgorithm):
     _offline: OfflineReplay | None = None
 
     def load_offline(
-        self, dataset: Any, share: float = 0.5, behaviour: float = 0.0, behaviour_decay_steps: int | None = None
+        self,
+        dataset: Any,
+        share: float = 0.5,
+        behaviour: float = 0.0,
+        behaviour_decay_steps: int | None = None,
+        update_statistics: bool = True,
     ) -> None:
         """
         Take a dataset for :meth:`pretrain`, and for a share of every batch in ``learn``. It replaces the one loaded before.
-        Statistics of ``VecNormalize``, unless they are frozen, take it in. The dataset is not saved with the model, nor with a
-        checkpoint: load it again to go on with it.
+        The dataset is not saved with the model, nor with a checkpoint: load it again to go on with it.
 
         :param dataset: Dataset of Minari, the name of a local one, or a replay buffer of SB3
         :param share: Share of a batch that is taken from the dataset in ``learn``; 0.5 is RLPD's (arXiv 2302.02948)
-        :param behaviour: Weight of the behaviour term of :meth:`pretrain` in ``learn``, at its first step
+        :param behaviour: Weight of the behaviour term of :meth:`pretrain` in ``learn``, at its first step. There it clones all
+            actions of a batch, those of the dataset and the agent's own replayed ones
         :param behaviour_decay_steps: Environment step at which that weight has fallen linearly to zero; by default it stays
+        :param update_statistics: Whether the statistics of ``VecNormalize``, unless they are frozen, take the dataset in;
+            False where they have done so before, as after ``load`` and ``resume``
         :raises TypeError: if ``dataset`` is of another kind
         :raises ValueError: if the dataset does not fit the spaces of the model, is empty or holds numbers that are not finite,
             or if another argument is out of its range. What was loaded before stays
@@ -94,7 +102,7 @@ class OfflineTraining(DiffusionOffPolicyAlgorithm):
             check_integer("behaviour_decay_steps", behaviour_decay_steps, 1)
         stream = _join(self._streams(dataset))
         self._offline = OfflineReplay(self._make_buffer(stream), share, behaviour, behaviour_decay_steps)
-        if self._vec_normalize_env is not None:
+        if self._vec_normalize_env is not None and update_statistics:
             _update_statistics(self._vec_normalize_env, stream)
 
     def pretrain(
@@ -152,11 +160,15 @@ class OfflineTraining(DiffusionOffPolicyAlgorithm):
                 if isinstance(buffer, NStepReplayBuffer):
                     buffer.gamma = self.gamma
                 parts.append(buffer.sample(size, env=self._vec_normalize_env))  # type: ignore[union-attr]
-        return parts[0] if len(parts) == 1 else _concatenate(parts, self.gamma)
+        if len(parts) == 1 and not isinstance(self.replay_buffer, HerReplayBuffer):
+            return parts[0]
+        # The order tells where a row comes from (HerReplayBuffer puts those with their own goals first), and the actor's batch
+        # goes by the order
+        return _shuffle(parts[0] if len(parts) == 1 else _concatenate(parts, self.gamma))
 
     def _behaviour(self) -> float | None:
         """Weight of the behaviour term at the present step, None without a dataset."""
-        if self._offline is None:
+        if self._offline is None or self._offline.share == 0:
             return None
         weight, decay_steps = self._offline.behaviour, self._offline.behaviour_decay_steps
         if decay_steps is not None:
@@ -226,9 +238,14 @@ class OfflineTraining(DiffusionOffPolicyAlgorithm):
                 for values, rows in ((buffer.observations, order), nexts)
             )
             dones, timeouts = (np.asarray(values[order, env], dtype=bool) for values in (buffer.dones, buffer.timeouts))
-            # Where the record breaks off, nothing is known to have terminated
-            timeouts[-1] |= not dones[-1]
-            dones[-1] = True
+            # Where the record breaks off, nothing is known to have terminated: at its end, and where an environment was reset
+            # between two calls of `learn`
+            breaks = np.ones(len(order), dtype=bool)
+            breaks[:-1] = _differ(
+                _each(next_observations, lambda value: value[:-1]), _each(observations, lambda value: value[1:])
+            )
+            timeouts |= breaks & ~dones
+            dones |= breaks
             rewards = np.asarray(buffer.rewards[order, env])
             yield _stream(observations, next_observations, np.clip(actions, -1.0, 1.0), rewards, dones, timeouts)
 
@@ -296,6 +313,25 @@ def _stream(*columns: Any) -> Stream:
     return Stream(*columns)
 
 
+def _differ(first: Observations, second: Observations) -> Any:
+    """In which rows two records of observations are not the same."""
+    if isinstance(first, dict):
+        return np.any([_differ(value, second[key]) for key, value in first.items()], axis=0)
+    return (first != second).reshape(len(first), -1).any(axis=1)
+
+
+def _shuffle(batch: ReplayBufferSamples) -> ReplayBufferSamples:
+    """The same rows in a random order."""
+    order = th.randperm(len(batch.actions), device=batch.actions.device)
+
+    def take(value: Any) -> Any:
+        if value is None:
+            return None
+        return {key: item[order] for key, item in value.items()} if isinstance(value, dict) else value[order]
+
+    return type(batch)(*map(take, batch))
+
+
 def _join(streams: Iterator[Stream]) -> Stream:
     parts = list(streams)
     if not parts:
@@ -316,9 +352,10 @@ def _update_statistics(env: VecNormalize, stream: Stream) -> None:
     if env.norm_obs:
         if isinstance(env.obs_rms, dict):
             for key, rms in env.obs_rms.items():
-                rms.update(stream.observations[key])
+                # In single precision the sum of a million rows has few correct digits
+                rms.update(stream.observations[key].astype(np.float64))
         else:
-            env.obs_rms.update(stream.observations)
+            env.obs_rms.update(stream.observations.astype(np.float64))
     returns = np.zeros(len(stream.rewards))
     running = 0.0
     for i, (reward, done) in enumerate(zip(stream.rewards, stream.dones, strict=True)):

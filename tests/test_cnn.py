@@ -107,6 +107,31 @@ def test_target_follows_the_features_extractor(share_features_extractor):
     assert changed(model.critic, model.critic_target) == {False}
 
 
+@pytest.mark.parametrize("gradient_critic", ["online", "target", "both"])
+def test_each_critic_gets_the_features_of_its_own_extractor(gradient_critic, monkeypatch):
+    model = make_model(gradient_critic=gradient_critic, learning_starts=100).learn(10)
+    with th.no_grad():
+        for parameter in model.critic_target.features_extractor.parameters():
+            parameter.add_(0.1 * th.randn_like(parameter))
+    batch = model.replay_buffer.sample(4)
+    noise = model._draw_noise(batch)
+    seen = {}
+    for name in ("_critic_gradients", "_actor_gradients"):
+        update = getattr(model, name)
+        monkeypatch.setattr(model, name, lambda *args, n=name, call=update: seen.setdefault(n, args) and call(*args))
+    with th.no_grad():
+        expected = model.critic_target.features(batch.next_observations)
+        online = model.critic.features(batch.next_observations)
+    model._update_critic(batch, noise)
+    assert th.equal(seen["_critic_gradients"][2], expected)
+    assert not th.allclose(expected, online)
+    model._update_actor(batch, noise)
+    chosen = {"online": [model.critic], "target": [model.critic_target], "both": [model.critic, model.critic_target]}
+    for found, critic in zip(seen["_actor_gradients"][1], chosen[gradient_critic], strict=True):
+        with th.no_grad():
+            assert th.allclose(found, critic.features(batch.observations))
+
+
 @pytest.mark.parametrize("normalize_images", [True, False])
 def test_image_normalisation(normalize_images, monkeypatch):
     model = make_model(policy_kwargs={"normalize_images": normalize_images}, learning_starts=100).learn(10)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_qsm import QSM
+from sb3_qsm import QSM, offline
 from sb3_qsm.common.buffers import DictNStepReplayBuffer
 from sb3_qsm.common.losses import noise_prediction_loss
 from tests.envs import SpacesEnv
@@ -182,6 +183,70 @@ def test_share_of_the_batch():
     model.load_offline(fill(model, 20, reward=100.0))
     batch = model._sample_batch(8)
     np.testing.assert_array_equal(batch.discounts, np.full((8, 1), 0.5))
+
+
+def test_both_kinds_of_rows_get_both_roles_in_the_actors_batch():
+    """Data and replayed rows are mixed, so that the actor learns from both at replayed and at its own actions."""
+    model = make_model(learning_starts=100, n_steps=1, policy_samples=0.5)
+    model.learn(40)
+    model.load_offline(fill(model, 40, reward=100.0))
+    batch = model._sample_batch(64)
+    used = model._actor_batch(batch, th.full_like(batch.actions, 2.0))
+    own, from_data = (used.actions == 2.0).all(dim=1), (batch.rewards == 100.0).flatten()
+    assert int(own.sum()) == int(from_data.sum()) == 32
+    for role in (own, ~own):
+        assert 6 <= int((role & from_data).sum()) <= 26
+    # The rows are whole
+    for row in range(64):
+        buffer = model._offline.buffer if from_data[row] else model.replay_buffer
+        match = (buffer.observations[:, 0] == batch.observations[row].numpy()).all(axis=-1).nonzero()[0]
+        assert any(np.allclose(buffer.actions[i, 0], batch.actions[row], atol=1e-6) for i in match)
+
+
+def test_no_share_has_no_behaviour_term():
+    model = make_model()
+    model.load_offline(fill(model, 10), share=0.0, behaviour=0.8)
+    assert model._behaviour() is None
+
+
+def test_gamma_of_the_data_follows_the_models():
+    model = make_model(n_steps=3)
+    model.load_offline(fill(model, 30), share=1.0)
+    model.gamma = 0.5
+    assert set(model._sample_batch(30).discounts.flatten().tolist()) <= {0.5, 0.25, 0.125}
+
+
+def test_data_of_two_trainings_has_a_break_between_them():
+    """SB3 marks nothing where `learn` resets the environments."""
+    env = DummyVecEnv([lambda: SpacesEnv(BOX, ACTION)])
+    sac = SAC("MlpPolicy", env, buffer_size=100, learning_starts=100, policy_kwargs={"net_arch": [4]})
+    sac.learn(5)
+    sac.learn(5)
+    assert not sac.replay_buffer.dones.any()
+    model = make_model()
+    model.load_offline(sac.replay_buffer)
+    data = model._offline.buffer
+    assert data.timeouts[:, 0].nonzero()[0].tolist() == data.dones[:, 0].nonzero()[0].tolist() == [4, 9]
+
+
+def test_statistics_of_large_and_repeated_data():
+    model = make_model(wrapper=VecNormalize)
+    env = model.get_vec_normalize_env()
+    buffer = fill(model, 100)
+    model.load_offline(buffer)
+    count = env.obs_rms.count
+    model.load_offline(buffer, update_statistics=False)
+    assert env.obs_rms.count == count
+    model.load_offline(buffer)
+    assert env.obs_rms.count == count + 100
+
+    values = (1000.0 + 0.1 * np.random.default_rng(0).standard_normal((300_000, 3))).astype(np.float32)
+    stream = offline.Stream(values, values, values, np.zeros(len(values)), np.zeros(len(values)), np.zeros(len(values)))
+    fresh = make_model(wrapper=VecNormalize).get_vec_normalize_env()
+    fresh.obs_rms.count = 0
+    offline._update_statistics(fresh, stream)
+    np.testing.assert_allclose(fresh.obs_rms.mean, values.astype(np.float64).mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(np.sqrt(fresh.obs_rms.var), 0.1, rtol=0.01)
 
 
 def losses(model, behaviour):

@@ -153,6 +153,13 @@ def test_n_step_returns_stop_where_the_run_was_cut(tmp_path):
     assert (sample.dones == 0).all()  # bootstrapped, as at a time limit
 
 
+def test_other_n_steps_than_the_checkpoints(tmp_path):
+    model = QSM("MlpPolicy", make_env("n_steps"), n_steps=3, seed=1, **small())
+    model.learn(20, callback=RunCheckpointCallback(100, tmp_path))
+    with pytest.raises(CheckpointError, match="replay buffer has n_steps=3, the model's n_steps=5"):
+        resume(QSM, tmp_path, make_env("n_steps"), n_steps=5)
+
+
 def test_learning_goes_on_with_every_counter(tmp_path):
     def callbacks(env):
         evaluation = EvalCallback(env, eval_freq=40, n_eval_episodes=1, log_path=str(tmp_path), deterministic=True, verbose=0)

@@ -405,9 +405,17 @@ def test_n_step_return(last, bootstraps, monkeypatch):
     assert logged(model, "critic_loss") == pytest.approx(2 * target**2, rel=1e-5)
 
 
-def test_returns_do_not_run_on_where_a_training_resets_the_environment():
+@pytest.mark.parametrize("handle_timeouts", [True, False])
+def test_returns_do_not_run_on_where_a_training_resets_the_environment(handle_timeouts):
     """The second `learn` begins with new episodes: the three-step return of the last old step ends there, and bootstraps."""
-    model = make_model(DummyVecEnv([lambda: DummyEnv(BOX, BOX)]), learning_starts=1000, n_steps=3)
+    kwargs = {} if handle_timeouts else {"replay_buffer_kwargs": {"handle_timeout_termination": False}}
+    model = make_model(DummyVecEnv([lambda: DummyEnv(BOX, BOX)]), learning_starts=1000, n_steps=3, **kwargs)
+    if not handle_timeouts:
+        model.learn(5)
+        model.learn(5)
+        discounts = model.replay_buffer._get_samples(np.array([2, 3, 4])).discounts[:, 0]
+        np.testing.assert_allclose(discounts, 0.99 ** np.array([3, 2, 1]), rtol=1e-6)
+        return
     model.learn(14)
     model.learn(6)
     buffer = model.replay_buffer
@@ -419,6 +427,104 @@ def test_returns_do_not_run_on_where_a_training_resets_the_environment():
     # Without a reset an episode goes on
     model.learn(6, reset_num_timesteps=False)
     assert buffer.timeouts[:26, 0].nonzero()[0].tolist() == [9, 13, 23]
+
+
+class LinearCritic(nn.Module):
+    """Q(a) = slope * sum a + offset."""
+
+    def __init__(self, slope, offset=0.0):
+        super().__init__()
+        self.slope, self.offset = slope, offset
+
+    def q_values(self, features, actions):
+        return (self.slope * actions.sum(-1) + self.offset).unsqueeze(0)
+
+
+def actor_metrics(critics, norm=1.0, attributes=None, **kwargs):
+    """What an update of the actor says where the critics are linear: the gradient is the same everywhere."""
+    model = make_filled_model(20, **kwargs)
+    for name, value in (attributes or {}).items():
+        setattr(model, name, value)
+    model._actor_gradients.loss.critics = nn.ModuleList(critics)
+    model._gradient_critics = lambda: [model.critic] * len(critics)
+    model.q_grad_norm.fill_(norm)
+    th.manual_seed(3)
+    np.random.seed(3)
+    batch = model.replay_buffer.sample(64)
+    noise = model._draw_noise(batch)
+    sigma = model.actor.schedule.sigmas[noise.t].mean().item()
+    return {name: value.item() for name, value in model._update_actor(batch, noise).items()} | {"sigma": sigma}
+
+
+PLAIN = {"score_target": "noised", "prior_std": None, "q_grad_clip": None}
+
+
+def test_arguments_of_the_actors_target():
+    """-sigma / temperature times the gradient over its running mean, 0.995 + 0.005 * 3, or times the paper's factor."""
+    for temperature in (0.1, 0.2):
+        found = actor_metrics([LinearCritic(3.0)], temperature=temperature, **PLAIN)
+        assert found["q_grad"] == pytest.approx(3.0)
+        assert found["score_target"] == pytest.approx(found["sigma"] / temperature * 3.0 / 1.01, rel=1e-4)
+    # Changed later, they take effect too
+    changes = {"temperature": 0.4, "q_grad_clip": 1.0}
+    found = actor_metrics([LinearCritic(3.0)], attributes=changes, **PLAIN)
+    assert found["score_target"] == pytest.approx(found["sigma"] / 0.4, rel=1e-4)
+    found = actor_metrics([LinearCritic(3.0)], q_grad_coef=2.0, **PLAIN)
+    assert found["score_target"] == pytest.approx(found["sigma"] * 6.0, rel=1e-4)
+
+
+def test_gradient_is_clipped_with_a_prior_too():
+    """A gradient of 3 where 1.01 is the limit is one of 1.01."""
+    kwargs = {"score_target": "noised", "prior_std": 0.5}
+    clipped = actor_metrics([LinearCritic(3.0)], q_grad_clip=1.0, **kwargs)
+    smaller = actor_metrics([LinearCritic(1.01)], norm=1.01, q_grad_clip=None, **kwargs)
+    assert clipped["score_target"] == pytest.approx(smaller["score_target"], rel=1e-5)
+    free = actor_metrics([LinearCritic(3.0)], q_grad_clip=None, **kwargs)
+    assert free["score_target"] > 1.2 * clipped["score_target"]
+
+
+def test_the_papers_target_has_no_prior():
+    first, second = (actor_metrics([LinearCritic(3.0)], score_target="paper", prior_std=std) for std in (None, 0.5))
+    assert first == second
+
+
+def test_critic_reduction():
+    critics = [LinearCritic(3.0, offset=10.0), LinearCritic(1.0)]
+    for reduction, gradient in (("mean", 2.0), ("min", 1.0)):
+        assert actor_metrics(critics, critic_reduction=reduction, **PLAIN)["q_grad"] == pytest.approx(gradient)
+
+
+def test_random_numbers_of_an_update_are_independent():
+    model = make_filled_model(20, diffusion_steps=4)
+    noise = model._draw_noise(model.replay_buffer.sample(2000))
+    parts = [noise.latent, *noise.chain, noise.target, noise.eps]
+    assert len(parts) == 7
+    correlations = np.corrcoef(np.stack([part.flatten().numpy() for part in parts]))
+    assert np.abs(correlations - np.eye(7)).max() < 0.1
+    assert np.bincount(noise.t.numpy(), minlength=4).min() > 400
+    assert noise.t.max() == 3
+
+
+def test_cosine_decay_by_its_definition():
+    """The official code's schedule: of 2,000,000 gradient steps, which begin after 10,000 steps of the environment."""
+    rate = QSM.paper_hyperparameters(1_000_000)["actor_learning_rate"]
+    for steps, expected in [(0, 3e-4), (10_000, 3e-4), (510_000, 3e-4 * (1 + math.cos(math.pi / 4)) / 2)]:
+        assert rate(1 - steps / 1_000_000) == pytest.approx(expected, rel=1e-6)
+    assert QSM.paper_hyperparameters(2_010_000)["actor_learning_rate"](0.0) == pytest.approx(0.0, abs=1e-12)
+    assert QSM.paper_hyperparameters(5_000_000)["actor_learning_rate"](0.1) == 0.0
+
+
+def test_action_noise_follows_the_number_of_environments(tmp_path):
+    noise = NormalActionNoise(np.zeros(3), np.full(3, 0.1))
+
+    def make_env(n):
+        return DummyVecEnv([lambda: DummyEnv(BOX, BOX)] * n)
+
+    make_model(make_env(2), action_noise=noise).learn(20).save(tmp_path / "model")
+    for n_envs in (3, 1, 2):
+        model = QSM.load(tmp_path / "model", env=make_env(n_envs))
+        model.learn(12, reset_num_timesteps=False)
+        assert model._n_updates > 0
 
 
 def test_a_step_that_a_callback_stopped_is_no_gap_in_an_episode():

@@ -443,3 +443,29 @@ def test_loaded_model_does_not_keep_the_old_one_alive(tmp_path):
     first.learn(10)
     assert differences(before, state(second)) == []
     assert differences(before, state(first)) != []
+
+
+def test_goals_are_rewarded_by_the_new_environment():
+    model = her_model()
+    model.learn(15)
+    env = DummyVecEnv([lambda: BitFlippingEnv(n_bits=3, continuous=True)])
+    model.set_env(env)
+    assert model.replay_buffer.env is model.env is env
+    model.learn(10, reset_num_timesteps=False)
+
+
+def test_rows_with_other_goals_get_both_roles_in_the_actors_batch():
+    """`HerReplayBuffer` puts the rows with their own goals first; the actor's own actions are not taken at those alone."""
+    model = her_model()
+    model.learn(40)
+    batch = model._sample_batch(64)
+    again = model.replay_buffer.sample
+    th.manual_seed(0)
+    np.random.seed(0)
+    in_order = again(64)
+    th.manual_seed(0)
+    np.random.seed(0)
+    mixed = model._sample_batch(64)
+    assert not th.equal(in_order.actions, mixed.actions)
+    assert th.equal(in_order.actions.sort(dim=0).values, mixed.actions.sort(dim=0).values)
+    assert batch.actions.shape == (64, 3)

@@ -81,7 +81,7 @@ def cut_off_episodes(buffer: ReplayBuffer, n_envs: int | None = None) -> None:
         buffer.discard_unfinished(n_envs)
     elif buffer.full or buffer.pos > 0:
         last = buffer.pos - 1
-        if buffer.handle_timeout_termination:
+        if buffer.handle_timeout_termination or isinstance(buffer, NStepReplayBuffer):
             # As at a time limit: the value is bootstrapped
             buffer.timeouts[last] = np.logical_or(buffer.timeouts[last], np.logical_not(buffer.dones[last]))
             buffer.dones[last] = 1.0

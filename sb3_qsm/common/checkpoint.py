@@ -381,10 +381,10 @@ def _buffer_state(buffer: ReplayBuffer | None) -> dict[str, Any]:
 def _restore_buffer(buffer: ReplayBuffer | None, state: dict[str, Any]) -> None:
     """Fill a buffer made by the same arguments; what is cut off by the environments' reset is marked so."""
     assert buffer is not None
-    if state["buffer_size"] != buffer.buffer_size:
-        raise CheckpointError(
-            f"the checkpoint's replay buffer has {state['buffer_size']} rows, the model's {buffer.buffer_size}"
-        )
+    for name in ("buffer_size", "n_steps", "n_sampled_goal", "goal_selection_strategy", "handle_timeout_termination"):
+        there, here = state.get(name), getattr(buffer, name, None)
+        if there != here:
+            raise CheckpointError(f"the checkpoint's replay buffer has {name}={there}, the model's {name}={here}")
 
     def fill(target: Any, value: Any) -> Any:
         if isinstance(value, dict) and isinstance(target, dict):

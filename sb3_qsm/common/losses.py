@@ -113,17 +113,19 @@ class CriticLoss(nn.Module):
         self.actor, self.critic, self.critic_target = actor, critic, critic_target
 
     @th.no_grad()
-    def next_actions(self, next_features: th.Tensor, noise: UpdateNoise, target_policy_noise: float = 0.0) -> th.Tensor:
+    def next_actions(
+        self, next_features: th.Tensor, noise: UpdateNoise, target_policy_noise: th.Tensor | float | None = None
+    ) -> th.Tensor:
         """
         a' ~ pi(s') plus target-policy noise, clipped to [-1, 1].
 
         :param next_features: The actor's features of s', shape ``(batch, features_dim)``
         :param noise: Random numbers of the update
-        :param target_policy_noise: Standard deviation of the noise on the action
+        :param target_policy_noise: Standard deviation of the noise on the action, None for no noise
         :return: Scaled actions, shape ``(batch, action_dim)``
         """
         next_actions = self.actor.sample(next_features, noise.latent, noise.chain)
-        if target_policy_noise > 0:
+        if target_policy_noise is not None:
             next_actions = (next_actions + target_policy_noise * noise.target).clamp(-1.0, 1.0)
         return next_actions
 
@@ -145,7 +147,7 @@ class CriticLoss(nn.Module):
         critic_next_features: th.Tensor,
         batch: Transitions,
         noise: UpdateNoise,
-        target_policy_noise: float = 0.0,
+        target_policy_noise: th.Tensor | float | None = None,
     ) -> tuple[th.Tensor, Metrics]:
         """
         :param features: The critics' features of s, shape ``(batch, features_dim)``

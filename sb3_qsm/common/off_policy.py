@@ -15,7 +15,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.noise import ActionNoise, NormalActionNoise
+from stable_baselines3.common.noise import ActionNoise, NormalActionNoise, VectorizedActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.type_aliases import (
@@ -26,6 +26,7 @@ from stable_baselines3.common.type_aliases import (
     Schedule,
 )
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_qsm.common.buffers import cut_off_episodes
 from sb3_qsm.common.checkpoint import resume
@@ -52,8 +53,8 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
     :param sampling_temperature: Factor on the noise of the reverse process
     :param target_policy_noise: Standard deviation of the Gaussian noise added to the next action in the critic's target
     :param exploration_noise: Standard deviation of the Gaussian noise added to the scaled actions while collecting
-    :param exploration_initial_eps: Probability that an action is uniformly random instead, at the first step after
-        ``learning_starts``; it falls linearly to zero
+    :param exploration_initial_eps: Probability that an action is uniformly random instead, at step 0; it falls linearly to
+        zero. Until ``learning_starts`` all actions are random anyway
     :param exploration_decay_steps: Environment step at which that probability is zero
     :param kwargs: Arguments of SB3's ``OffPolicyAlgorithm``
     """
@@ -116,6 +117,11 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
             self._check_number(name, 0.0)
         for name in ("exploration_initial_eps", "tau", "gamma"):
             self._check_number(name, 0.0, high=1.0)
+        for name in ("learning_rate", "actor_learning_rate"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                self._check_number(name, 0.0)
+        self._check_integer("learning_starts", 0)
+        self._check_integer("gradient_steps", -1)
         twice = sorted(set(self._diffusion_kwargs()) & set(self.policy_kwargs))
         if twice:
             raise ValueError(f"Pass {', '.join(twice)} to {type(self).__name__} itself, not in policy_kwargs")
@@ -231,6 +237,10 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        noise = self.action_noise
+        if isinstance(noise, VectorizedActionNoise) and noise.n_envs != self.n_envs:
+            # SB3 keeps what it made for another number of environments
+            self.action_noise = noise.base_noise
         if self._step_is_open:
             # A callback or Ctrl-C stopped the last training between a step and its storing: the environments are a step ahead
             self._last_obs, self._step_is_open = None, False
@@ -239,6 +249,18 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         self._require_finite_from_env("observation", self._last_obs)
         return result
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        Go on with another environment, see :meth:`BaseAlgorithm.set_env`.
+
+        :param env: The environment
+        :param force_reset: Whether it is reset before the training goes on
+        """
+        super().set_env(env, force_reset)
+        if isinstance(self.replay_buffer, HerReplayBuffer):
+            # Which asks it for the rewards of other goals
+            self.replay_buffer.env = self.env
 
     def _store_transition(
         self,

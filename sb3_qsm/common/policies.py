@@ -18,6 +18,7 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
+from sb3_qsm.common.checks import check_integer
 from sb3_qsm.common.performance import autocast
 from sb3_qsm.diffusion import SAMPLERS, NoiseSchedule, ScoreNetwork, ddim
 from sb3_qsm.diffusion.linear import MIN_ROWS
@@ -275,8 +276,7 @@ class QCritic(ContinuousCritic):
         xavier: bool = True,
         output_dim: int = 1,
     ) -> None:
-        if n_critics < 1:
-            raise ValueError(f"n_critics must be at least 1, got {n_critics!r}")
+        check_integer("n_critics", n_critics, 1)
         super().__init__(
             observation_space,
             action_space,
@@ -403,6 +403,11 @@ class DiffusionPolicy(BasePolicy):
         if net_arch is None:
             net_arch = [256, 256]
         actor_arch, critic_arch = get_actor_critic_arch(net_arch)
+        for size in (*actor_arch, *critic_arch, *time_arch):
+            check_integer("A layer in net_arch or time_arch", size, 1)
+        check_integer("fourier_dim", fourier_dim, 2)
+        if fourier_dim % 2:
+            raise ValueError(f"fourier_dim must be even, for a sine and a cosine of each frequency, got {fourier_dim}")
         self.net_arch = net_arch
         self.activation_fn = activation_fn
         self.critic_activation_fn = critic_activation_fn

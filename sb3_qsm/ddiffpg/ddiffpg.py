@@ -112,8 +112,8 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
     :param sampling_temperature: Factor on the noise of the reverse process
     :param target_policy_noise: Standard deviation of the Gaussian noise added to the next action in the critic's target
     :param exploration_noise: Standard deviation of the Gaussian noise added to the scaled actions while collecting
-    :param exploration_initial_eps: Probability that an action is uniformly random instead, at the first step after
-        ``learning_starts``; it falls linearly to zero
+    :param exploration_initial_eps: Probability that an action is uniformly random instead, at step 0; it falls linearly to
+        zero. Until ``learning_starts`` all actions are random anyway
     :param exploration_decay_steps: Environment step at which that probability is zero
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
     :param tensorboard_log: The log location for tensorboard (if None, no logging)
@@ -498,7 +498,7 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
             scale = self.intrinsic_reward_scale if self.novelty.fitted else 0.0
             intrinsic = noveld_reward(novelty, next_novelty, scale).unsqueeze(1)
             features = self.actor.features(data.next_observations, self._contexts(batch))
-            next_actions = losses[0].next_actions(features, noise, self.target_policy_noise)
+            next_actions = losses[0].next_actions(features, noise, self.target_policy_noise or None)
         values, q_values = [], []
         for group, (part, loss) in enumerate(zip(_parts(batch.sizes), losses, strict=True)):
             if part.stop == part.start:

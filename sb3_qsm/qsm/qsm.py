@@ -119,8 +119,8 @@ class QSM(OfflineTraining):
     :param sampling_steps: Number of steps to act in, at most T, by DDIM on evenly spaced ones of the T; by default the whole
         chain of ``sampler``. The critic's target always takes the whole chain
     :param exploration_noise: Standard deviation of the Gaussian noise added to the scaled actions while collecting
-    :param exploration_initial_eps: Probability that an action is uniformly random instead, at the first step after
-        ``learning_starts``; it falls linearly to zero
+    :param exploration_initial_eps: Probability that an action is uniformly random instead, at step 0; it falls linearly to
+        zero. Until ``learning_starts`` all actions are random anyway
     :param exploration_decay_steps: Environment step at which that probability is zero
     :param compile: Compile the losses and their gradients with ``torch.compile``, which needs a C++ compiler and about half a
         minute at the first gradient step, less when the same update was compiled before
@@ -397,7 +397,8 @@ class QSM(OfflineTraining):
             critic_next_features,
             self._transitions(batch),
             noise,
-            self.target_policy_noise,
+            # A number would be compiled into the graph
+            th.tensor(float(self.target_policy_noise), device=self.device) if self.target_policy_noise else None,
         )
         self._check_finite("critic_loss", metrics)
         self.critic.optimizer.step()
