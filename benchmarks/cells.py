@@ -5,6 +5,7 @@ A cell goes on where it was killed. A row is written when its evaluation is made
 checkpoint, the rows of later steps are dropped, since those steps are done again. So the CSV has every evaluation once.
 """
 
+import contextlib
 import copy
 import csv
 import importlib
@@ -362,10 +363,14 @@ def train(cell: Cell, path: Path, command: str, save: bool = False) -> None:
     :raises CellError: if the CSV is of another run, or another process is training the cell
     """
     th.set_num_threads(1)
+    folder = path.with_suffix(".checkpoint")
     if cell.finished(read_rows(path, cell)):
         print(f"{path} is finished", flush=True)
+        if folder.is_dir():
+            # Killed after its last row
+            with contextlib.suppress(Timeout), FileLock(folder / ".lock").acquire(timeout=0):
+                shutil.rmtree(folder)
         return
-    folder = path.with_suffix(".checkpoint")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(folder / ".lock").acquire(timeout=LOCK_TIMEOUT)
@@ -386,6 +391,10 @@ def _train(cell: Cell, path: Path, rows: list[Row], origin: Row, save: bool) -> 
     folder = path.with_suffix(".checkpoint")
     env = make_vec_env(partial(make_env, cell.env), seed=cell.seed)
     resumed = (folder / CHECKPOINT_NAME).is_file()
+    note, identity = folder / "cell.json", json.dumps(cell.identity(), sort_keys=True)
+    if resumed and note.is_file() and note.read_text() != identity:
+        raise CellError(f"{folder} is the checkpoint of another run ({note.read_text()}): delete it, or choose another --out")
+    note.write_text(identity)
     if resumed:
         step = read_info(folder)["num_timesteps"]
         rows = [row for row in rows if int(row["timesteps"]) <= step]

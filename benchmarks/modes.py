@@ -146,7 +146,7 @@ def run(task_name: str, algo: str, seed: int, out: Path, timesteps: int | None) 
     task, path = TASKS[task_name], out / f"{task_name}_{algo}_{seed}.csv"
     timesteps = task.timesteps if timesteps is None else timesteps
     folder = path.with_suffix(".checkpoint")
-    if path.exists():
+    if _finished(path, timesteps):
         return
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -155,6 +155,8 @@ def run(task_name: str, algo: str, seed: int, out: Path, timesteps: int | None) 
         print(f"another process is at {path.name}", flush=True)
         return
     with lock:
+        if _finished(path, timesteps):
+            return
         resumed = (folder / CHECKPOINT_NAME).is_file()
         if resumed:
             model = resume(ALGORITHMS[algo], folder, make_vec_env(task.env, seed=seed), device="cpu")
@@ -200,6 +202,16 @@ def run(task_name: str, algo: str, seed: int, out: Path, timesteps: int | None) 
         model.save(path.with_suffix(".zip"))
         os.replace(temporary, path)
         shutil.rmtree(folder)
+
+
+def _finished(path: Path, timesteps: int) -> bool:
+    """Whether a run has its CSV; one of another length is not to be taken for it."""
+    if not path.exists():
+        return False
+    found = int(next(csv.DictReader(path.open()))["timesteps"])
+    if found < timesteps:
+        raise SystemExit(f"{path} is of a run of {found} steps, not {timesteps}: delete it, or choose another --out")
+    return True
 
 
 def read_paths(path: Path) -> ModeCounts:

@@ -48,7 +48,11 @@ class Results:
         self.timesteps = lengths[0] if lengths else 0
         self.algos = list(dict.fromkeys(cell.name for cell in self.runs))
         self.envs = list(dict.fromkeys(cell.env for cell in self.runs))
-        self.random = {cell.env: returns(cell, rows)[-1] for cell, rows in runs.items() if cell.algo == RANDOM and rows}
+        random: dict[str, list[float]] = {}
+        for cell, rows in runs.items():
+            if cell.algo == RANDOM and rows:
+                random.setdefault(cell.env, []).append(returns(cell, rows)[-1])
+        self.random = {env: float(np.mean(values)) for env, values in random.items()}
         sac = {env: self.finished(BASELINE, env) for env in self.envs}
         #: Return of a random policy and of SAC, by task
         self.scale = {
@@ -110,6 +114,8 @@ class Results:
         """
         finished = {env: self.finished(algo, env) for env in envs}
         seeds = sorted(set.intersection(*(set(values) for values in finished.values())))
+        if not seeds:
+            raise CellError(f"{algo} has no seed that is finished on all of {', '.join(envs)}")
         scores = []
         for env in envs:
             low, high = self.scale[env]

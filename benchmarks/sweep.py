@@ -11,9 +11,9 @@ A sweep that was stopped or killed goes on with the same command. One cell again
 """
 
 import argparse
+import importlib.util
 import os
 import shlex
-import shutil
 import sys
 from collections import deque
 from collections.abc import Sequence
@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 from cells import ALGORITHMS, PRESETS, Cell, CellError, read_rows, register, train
+from filelock import FileLock, Timeout
 
 RESULTS = Path("benchmarks/results/learning/sweep")
 Groups = dict[str, list[Cell]]
@@ -175,10 +176,11 @@ def run(args: argparse.Namespace) -> int:
         for cell in cells:
             register(cell.env)
             tasks.setdefault(cell.path(raw(args)).absolute(), (cell, command_of(cell, group, args)))
+    if importlib.util.find_spec("ray") is None:
+        raise SystemExit('The sweep needs Ray: pip install "sb3-qsm[benchmarks]"')
     for path in tasks:
         if args.rerun:
-            path.unlink(missing_ok=True)
-            shutil.rmtree(path.with_suffix(".checkpoint"), ignore_errors=True)
+            _clear(path)
     waiting = deque((path, *task) for path, task in tasks.items() if not task[0].finished(read_rows(path, task[0])))
     print(f"{len(tasks) - len(waiting)} of {len(tasks)} cells are finished", flush=True)
     if not waiting:
@@ -187,6 +189,20 @@ def run(args: argparse.Namespace) -> int:
     for name, message in failed.items():
         print(f"failed: {name}: {message}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _clear(path: Path) -> None:
+    """Delete what there is of a cell, unless another process is training it."""
+    folder = path.with_suffix(".checkpoint")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock").acquire(timeout=0):
+            path.unlink(missing_ok=True)
+            for file in folder.iterdir():
+                if file.name != ".lock":
+                    file.unlink()
+    except Timeout as error:
+        raise CellError(f"another process is training {path}: it cannot be run again now") from error
 
 
 def _run_with_ray(waiting: deque[tuple[Path, Cell, str]], args: argparse.Namespace) -> dict[str, str]:

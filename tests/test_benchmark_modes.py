@@ -51,6 +51,14 @@ def test_a_run_goes_on_and_is_done_once(tmp_path, monkeypatch, capsys, algo):
     assert "![Paths of sampled episodes](point.png)" in (tmp_path / "README.md").read_text()
 
 
+def test_a_shorter_run_is_not_taken_for_a_finished_one(tmp_path):
+    path = tmp_path / "point_td3_0.csv"
+    path.write_text("task,algo,seed,timesteps\npoint,td3,0,30\n")
+    with pytest.raises(SystemExit, match="is of a run of 30 steps, not 20000: delete it, or choose another --out"):
+        modes.run("point", "td3", 0, tmp_path, None)
+    assert "30" in path.read_text()
+
+
 def test_tasks_can_be_made():
     for task in modes.TASKS.values():
         assert (task.routes is False) or task.n_modes == 2

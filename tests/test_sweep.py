@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import json
 import os
 import re
 import signal
@@ -248,6 +249,56 @@ def test_another_runs_rows_are_not_touched(tmp_path):
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
 
 
+def test_another_runs_checkpoint_is_not_gone_on_with(tmp_path):
+    """It has no row yet, so that only the checkpoint can tell."""
+    first, second = (Cell("Pendulum-v1", 0, 90, "qsm", "s", {**SMALL, "gamma": gamma}, 30, 1) for gamma in (0.9, 0.99))
+    path = first.path(tmp_path)
+    folder = path.with_suffix(".checkpoint")
+    QSM("MlpPolicy", "Pendulum-v1", learning_starts=50, gamma=0.9).learn(20, callback=RunCheckpointCallback(1000, folder))
+    (folder / "cell.json").write_text(json.dumps(first.identity(), sort_keys=True))
+    with pytest.raises(CellError, match=r"is the checkpoint of another run .*gamma.*0\.9.*delete it, or choose another --out"):
+        train(second, path, "")
+    assert read_info(folder)["num_timesteps"] == 20
+    train(first, path, "")
+    assert [row["resumed_from"] for row in read_rows(path, first)] == ["20"] * 3
+    assert not folder.exists()
+
+
+def test_a_checkpoint_that_a_finished_run_left_is_deleted(tmp_path):
+    cell = Cell("Pendulum-v1", 0, 30, "qsm", "s", SMALL, 30, 1)
+    path = cell.path(tmp_path)
+    train(cell, path, "")
+    path.with_suffix(".checkpoint").mkdir()
+    train(cell, path, "")
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+def test_rerun_leaves_a_cell_that_is_being_trained(mortal, capsys):
+    arguments = ["run", "sweep.yml", "--groups", "long", "--only", "seed=0", "--out", "out", "--rerun"]
+    cell = sweep.read_groups(mortal / "sweep.yml")["long"][0]
+    path = cell.path(mortal / "out" / "raw")
+    path.parent.mkdir(parents=True)
+    path.write_text("rows")
+    folder = path.with_suffix(".checkpoint")
+    folder.mkdir()
+    with FileLock(folder / ".lock"), pytest.raises(SystemExit):
+        sweep.main(arguments)
+    assert "another process is training" in capsys.readouterr().err
+    assert path.read_text() == "rows"
+
+
+def test_rerun_without_ray_deletes_nothing(mortal, monkeypatch):
+    cell = sweep.read_groups(mortal / "sweep.yml")["long"][0]
+    path = cell.path(mortal / "out" / "raw")
+    path.parent.mkdir(parents=True)
+    path.write_text("rows")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else find(name, *rest))
+    with pytest.raises(SystemExit, match="The sweep needs Ray"):
+        sweep.main(["run", "sweep.yml", "--groups", "long", "--only", "seed=0", "--out", "out", "--rerun"])
+    assert path.read_text() == "rows"
+
+
 def test_control_suite_observations_are_flat_and_in_single_precision():
     pytest.importorskip("dm_control")
     pytest.importorskip("shimmy")
@@ -455,6 +506,31 @@ def test_runs_of_different_lengths_are_not_compared(comparison, capsys):
         sweep.main(["report", str(comparison / "sweep.yml"), "--out", str(comparison / "empty")])
     assert "the runs to compare have different lengths ([200, 300])" in capsys.readouterr().err
     assert not (comparison / "empty").exists()
+
+
+def test_the_zero_is_the_mean_over_the_random_policys_seeds(tmp_path):
+    random = [Cell("Pendulum-v1", seed, 0, "random", "default", {}, 100, 2) for seed in (0, 1)]
+    runs = {
+        cell: [{f"{cell.acting}_mean": value, "timesteps": "0"}] for cell, value in zip(random, ("0", "-100"), strict=True)
+    }
+    assert report.Results(runs).random == {"Pendulum-v1": -50.0}
+
+
+def test_tasks_without_a_common_seed_are_not_aggregated(comparison, capsys):
+    text = COMPARISON.replace(
+        "baselines: {algos: [td3], envs: [Pendulum-v1, CartPole-v1], seeds: [0]",
+        "baselines: {algos: [td3], envs: [Pendulum-v1], seeds: [0]",
+    )
+    text += "  odd: {algos: [td3], envs: [CartPole-v1], seeds: [1], timesteps: 200}\n"
+    (comparison / "sweep.yml").write_text(text)
+    (cell,) = sweep.read_groups(comparison / "sweep.yml")["odd"]
+    rows = [
+        {**cell.identity(), "timesteps": str(step), f"{cell.acting}_mean": "1", "resumed_from": "0"} for step in cell.steps
+    ]
+    write_rows(cell.path(comparison / "out" / "raw"), rows)
+    with pytest.raises(SystemExit):
+        sweep.main(["report", str(comparison / "sweep.yml"), "--out", str(comparison / "out")])
+    assert "td3 has no seed that is finished on all of Pendulum-v1, CartPole-v1" in capsys.readouterr().err
 
 
 def test_statistics_are_those_of_rliable():

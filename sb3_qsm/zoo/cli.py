@@ -293,6 +293,10 @@ class _Options:
             return args
         if args.trained_agent and not (args.trained_agent.endswith(".zip") and os.path.isfile(args.trained_agent)):
             raise UserError(f"argument --trained-agent: {args.trained_agent!r} is not a file that ends in .zip")
+        if args.trained_agent and args.optimize_hyperparameters:
+            raise UserError("argument --trained-agent: a study trains agents of its own, so it cannot go on with one")
+        if args.trial_id is not None and not args.optimize_hyperparameters and not (args.storage and args.study_name):
+            raise UserError("argument --trial-id: needs --storage and --study-name, which say where the trial is")
         _choose_conf_file(args)
         _check_conf_file(args.conf_file)
         _check_writable("--log-folder", args.log_folder)
@@ -394,6 +398,8 @@ def _resumed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpa
             f"argument --resume: {args.resume!r} is a run of {algorithm}, its checkpoint one of {info['algorithm']}"
         )
     merged = {**vars(args), **saved, **{name: getattr(args, name) for name in given}, "resume": args.resume}
+    # What the run began with is in its checkpoint
+    merged["trained_agent"] = ""
     return argparse.Namespace(**merged)
 
 

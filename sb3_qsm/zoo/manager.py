@@ -68,7 +68,10 @@ class ZooExperimentManager(ExperimentManager):
     @property
     def monitor_kwargs(self) -> dict[str, Any]:
         """Arguments of the Monitor wrapper."""
-        return self._monitor_kwargs if self.run_folder is None else {**self._monitor_kwargs, "override_existing": False}
+        # It first sets the text of the configuration, and reads it back to make a dictionary of it
+        if self.run_folder is None or not isinstance(self._monitor_kwargs, dict):
+            return self._monitor_kwargs
+        return {**self._monitor_kwargs, "override_existing": False}
 
     @monitor_kwargs.setter
     def monitor_kwargs(self, value: dict[str, Any]) -> None:
@@ -199,10 +202,15 @@ class ZooExperimentManager(ExperimentManager):
 
         :param trial: Optuna's trial
         :return: Mean return of the last evaluation
-        :raises optuna.exceptions.TrialPruned: if the training diverged
+        :raises optuna.exceptions.TrialPruned: if the training diverged, or the sample is refused
         """
         mark_worker(trial)
-        value: float = super().objective(trial)
+        try:
+            value: float = super().objective(trial)
+        except ValueError as error:
+            # What was sampled does not go with what was given, such as more sampling_steps than diffusion_steps
+            print(f"Trial {trial.number} pruned: {error}")
+            raise optuna.exceptions.TrialPruned(str(error)) from error
         if not math.isfinite(value):
             # Optuna would count it as failed, and try again without having learned anything
             print(f"Trial {trial.number} pruned: its return is {value}")

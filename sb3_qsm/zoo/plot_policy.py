@@ -46,7 +46,8 @@ def plot_policy() -> None:
     env = _make_env(args.env, Path(log_path), args.env_kwargs, args.seed)
     algorithm = ALGOS[args.algo]
     # Nothing is collected, so there need not be memory for it
-    kwargs: dict[str, Any] = {"buffer_size": 1} if issubclass(algorithm, OffPolicyAlgorithm) else {}
+    empty: dict[str, Any] = {"buffer_size": 1, "replay_buffer_class": None, "replay_buffer_kwargs": {}}
+    kwargs: dict[str, Any] = empty if issubclass(algorithm, OffPolicyAlgorithm) else {}
     model = algorithm.load(model_path, device=args.device, **kwargs)
     print(f"Loaded {model_path}")
 

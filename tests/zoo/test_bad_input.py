@@ -95,6 +95,15 @@ BAD = {
         ["--study-name", "'other'", "there: study"],
     ),
     "unknown trial": (["train", *PENDULUM, *HERE, *STUDY, "--trial-id", "7"], ["--trial-id", "trials 0 to 1, got 7"]),
+    "trial without a storage": (["train", *PENDULUM, *HERE, "--trial-id", "0"], ["--trial-id", "--storage and --study-name"]),
+    "trial without a study": (
+        ["train", *PENDULUM, *HERE, "--storage", "{tmp}/journal.log", "--trial-id", "0"],
+        ["--trial-id", "--storage and --study-name"],
+    ),
+    "study that goes on with an agent": (
+        ["train", "-optimize", *PENDULUM, *HERE, "-i", "{logs}/qsm/Pendulum-v1_1/Pendulum-v1.zip"],
+        ["--trained-agent", "a study trains agents of its own"],
+    ),
     "no trial": (["train", *PENDULUM, *HERE, *STUDY], ["--trial-id", "which trial"]),
     "trial of another algorithm": (["train", *PENDULUM, *HERE, *STUDY, "--trial-id", "1"], ["--trial-id", "trial 1", "qsm"]),
     "no agent": (

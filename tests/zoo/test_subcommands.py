@@ -311,3 +311,18 @@ def test_help_of_a_subcommand_names_our_default(cli, command):
     with pytest.raises(SystemExit) as exit_:
         cli(command, "--help")
     assert exit_.value.code == 0
+
+
+def test_a_goal_task_goes_on_and_is_drawn(cli, tmp_path):
+    """With `monitor_kwargs` as text in the configuration, as all goal tasks of qsm.yml have it."""
+    pytest.importorskip("gymnasium_robotics")
+    options = ["--eval-freq", -1, "-f", tmp_path, "--checkpoint-freq", 100, "--keep-checkpoint"]
+    params = ["-params", "learning_starts:340", "batch_size:8"]
+    status, _, err = cli("train", "--env", "PointMaze_UMaze-v3", "-n", 310, *options, *params)
+    assert status == 0, err
+    run = tmp_path / "qsm" / "PointMaze_UMaze-v3_1"
+    status, _, err = cli("train", "--resume", run)
+    assert status == 0, err
+    status, _, err = cli("plot_policy", "--env", "PointMaze_UMaze-v3", "-f", tmp_path, "-n", 0, "-o", tmp_path / "pictures")
+    assert status == 0, err
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} >= {"actions.png", "score_field.png"}

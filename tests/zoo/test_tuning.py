@@ -1,6 +1,7 @@
 """Optuna: the search space, and studies that outlive their workers."""
 
 import os
+import re
 import signal
 import time
 
@@ -253,6 +254,32 @@ def test_a_killed_worker_loses_its_trial_only(request, tmp_path, kind):
     assert finished
     assert all(trials[number].value == value for number, value in finished.items())
     assert len(list((tmp_path / "logs" / "qsm").glob("report_*.csv"))) >= 1
+
+
+def test_a_sample_that_does_not_go_with_what_is_given_is_pruned(cli, tmp_path):
+    """Half of the trials have fewer diffusion steps than are asked for in acting; the study goes on."""
+    status, out, err = cli(
+        *(
+            "train",
+            "--env",
+            "Pendulum-v1",
+            "-optimize",
+            "-n",
+            160,
+            "--n-trials",
+            6,
+            "--n-evaluations",
+            1,
+            "--eval-episodes",
+            1,
+        ),
+        *("--no-optim-plots", "--seed", 1, "-f", tmp_path, "-params", "learning_starts:100", "sampling_steps:10"),
+    )
+    assert status == 0, err
+    pruned = re.findall(
+        r"Trial \d+ pruned: sampling_steps must be None or an integer from 1 to diffusion_steps=\d+, got 10", out
+    )
+    assert 1 <= len(pruned) <= 5
 
 
 def test_trials_of_living_workers_are_left_alone(tmp_path):
