@@ -16,7 +16,7 @@ import sb3_qsm.envs  # noqa: F401  registers the environments
 from sb3_qsm import DDiffPG
 
 ENV = "sb3_qsm/Corridor-v0"
-OPTIONS = {"step_size": 0.2, "reward_type": "sparse"}
+OPTIONS = {"step_size": 0.3, "reward_type": "sparse"}
 
 
 def replan(model: DDiffPG, env: gym.Env, mode: int, patience: int = 8, seed: int | None = None) -> tuple[bool, list[int]]:
@@ -52,9 +52,9 @@ def main() -> None:
     args = parser.parse_args()
 
     env = gym.make(ENV, **OPTIONS)
-    model = DDiffPG(
-        "MlpPolicy", env, seed=args.seed, device="cpu", batch_size=128, policy_kwargs={"net_arch": [64, 64]}
-    ).learn(args.timesteps)
+    # Random at first for long enough that both routes are found by chance
+    kwargs = {"learning_starts": 5_000, "target_action_steps": 5, "policy_kwargs": {"net_arch": [64, 64]}}
+    model = DDiffPG("MlpPolicy", env, seed=args.seed, device="cpu", **kwargs).learn(args.timesteps)
     print(f"{len(model.modes)} modes after {args.timesteps} steps")
     for mode, known in enumerate(model.modes):
         x, y = known.trajectory[len(known.trajectory) // 2]

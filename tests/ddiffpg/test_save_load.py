@@ -190,6 +190,13 @@ def test_interrupt_at_any_moment_of_a_clustering(tmp_path):
         if calls == due:
             signal.raise_signal(signal.SIGINT)
 
+    def update(model: DDiffPG) -> None:
+        sys.setprofile(count)
+        try:
+            model.update_modes()
+        finally:
+            sys.setprofile(None)
+
     # Which xdist's workers ignore
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -198,18 +205,14 @@ def test_interrupt_at_any_moment_of_a_clustering(tmp_path):
         assert len(model.modes) == 2
         model = DDiffPG.load(tmp_path / "model", env=make_env(), device="cpu")
         model.load_replay_buffer(tmp_path / "buffer")
-        sys.setprofile(count)
-        model.update_modes()
-        sys.setprofile(None)
+        update(model)
         for moment in np.linspace(1, calls - 5, 60).astype(int):
             due = moment
             model = DDiffPG.load(tmp_path / "model", env=make_env(), device="cpu")
             model.load_replay_buffer(tmp_path / "buffer")
             calls = 0
-            sys.setprofile(count)
             with pytest.raises(KeyboardInterrupt):
-                model.update_modes()
-            sys.setprofile(None)
+                update(model)
             file = io.BytesIO()
             model.save(file)
             file.seek(0)
