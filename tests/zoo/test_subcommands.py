@@ -257,7 +257,7 @@ def test_ddiffpg_from_training_to_resuming(cli, tmp_path):
     assert "hyperparams/ddiffpg.yml" in out
     (run,) = (tmp_path / "ddiffpg").glob("*_1")
     model = DDiffPG.load(next(run.glob("*Point-v0.zip")), env=None)
-    assert (model.batch_size, model.num_timesteps) == (128, 60)
+    assert (model.target_action_steps, model.num_timesteps) == (5, 60)
     status, out, err = cli("enjoy", *common, "--no-render", "-n", 30)
     assert status == 0, err
     status, out, err = cli("train", "--resume", run)
