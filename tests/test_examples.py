@@ -257,6 +257,7 @@ def check_act(folder: Path) -> None:
 
 def check_replanning(folder: Path) -> None:
     pytest.importorskip("dtaidistance")
+    pytest.importorskip("gymnasium_robotics")
     assert "modes after 120 steps" in run_example("replanning.py", "--timesteps", "120", "--episodes", "1", folder=folder)
 
 
@@ -301,7 +302,7 @@ def test_replanning_changes_the_mode_where_it_is_blocked():
                 action = [1.0, 0.0]
             return np.clip(action, -1.0, 1.0), None
 
-    env = replanning.gym.make(replanning.ENV, **replanning.OPTIONS)
+    env = replanning.gym.make("sb3_qsm/Corridor-v0", step_size=0.2, reward_type="sparse")
     assert replanning.replan(TwoWays(), env, 1) == (True, [1])
     assert replanning.replan(TwoWays(), env, 0, patience=10**6) == (False, [0])
     assert replanning.replan(TwoWays(), env, 0) == (True, [0, 1])
