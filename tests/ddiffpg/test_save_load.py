@@ -230,15 +230,15 @@ def test_interrupt_at_any_moment_of_a_clustering(tmp_path):
 @pytest.mark.parametrize("mode", [None, 0, 1])
 def test_export_of_a_mode(tmp_path, mode):
     ort = pytest.importorskip("onnxruntime", reason="needs pip install 'sb3-qsm[export]'")
-    model = make_trained()
+    # With the cosine schedule a chain that has hardly been trained enlarges rounding
+    model = make_trained(noise_schedule="linear")
     model.set_mode(mode)
     to_onnx(model, tmp_path / "policy.onnx")
     to_torch_export(model, tmp_path / "policy.pt2")
     session, program = ort.InferenceSession(tmp_path / "policy.onnx"), th.export.load(tmp_path / "policy.pt2").module()
-    # A chain that has hardly been trained divides by the little signal of its first steps, and rounding with it
     for n in (1, 5):
         expected, _ = model.predict(OBSERVATIONS[:n], deterministic=True)
-        np.testing.assert_allclose(session.run(None, {"observation": OBSERVATIONS[:n]})[0], expected, atol=2e-4)
-        np.testing.assert_allclose(program(th.as_tensor(OBSERVATIONS[:n])).numpy(), expected, atol=2e-4)
+        np.testing.assert_allclose(session.run(None, {"observation": OBSERVATIONS[:n]})[0], expected, atol=1e-5)
+        np.testing.assert_allclose(program(th.as_tensor(OBSERVATIONS[:n])).numpy(), expected, atol=1e-5)
     others = [model.predict(OBSERVATIONS, deterministic=True, mode=other)[0] for other in (0, 1) if other != mode]
-    assert all(np.abs(model.predict(OBSERVATIONS, deterministic=True)[0] - other).max() > 0.1 for other in others)
+    assert all(np.abs(model.predict(OBSERVATIONS, deterministic=True)[0] - other).max() > 1e-3 for other in others)
