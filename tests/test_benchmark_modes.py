@@ -36,8 +36,14 @@ def test_a_run_goes_on_and_is_done_once(tmp_path, monkeypatch, capsys, algo):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [
         f"point_{algo}_0.csv",
         f"point_{algo}_0.zip",
+        f"point_{algo}_0_curve.csv",
         f"point_{algo}_0_paths.csv",
     ]
+    # Rows every 50 // 40 steps; those before the kill are still there, and each step is in one row
+    curve = list(csv.DictReader((tmp_path / f"point_{algo}_0_curve.csv").open()))
+    assert [int(row["timesteps"]) for row in curve] == list(range(1, 51))
+    # An episode has 15 steps at most; the one that the kill broke off is lost
+    assert 2 <= sum(int(row["episodes"]) for row in curve) < 50
     modes.run("point", algo, 0, tmp_path, 50)
     assert capsys.readouterr().out == ""
     assert f"| point | {algo} | 0 | 50 | any | 3 |" in modes.report(tmp_path)
@@ -48,7 +54,10 @@ def test_a_run_goes_on_and_is_done_once(tmp_path, monkeypatch, capsys, algo):
     monkeypatch.setattr("sys.argv", ["modes.py", "report", "--out", str(tmp_path)])
     modes.main()
     assert (tmp_path / "point.png").stat().st_size > 10_000
-    assert "![Paths of sampled episodes](point.png)" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "point_curves.png").stat().st_size > 5_000
+    text = (tmp_path / "README.md").read_text()
+    assert "![Paths of sampled episodes](point.png)" in text
+    assert "![Ways of the episodes collected](point_curves.png)" in text
 
 
 def test_a_shorter_run_is_not_taken_for_a_finished_one(tmp_path):

@@ -36,14 +36,15 @@ MAZES: dict[str, dict[str, Any]] = {
             [1, 1, 1, 1, 1, 1, 1],
         ],
     },
+    # A cross: a ring round it would give every goal several routes, and so more modes than goals
     "FourGoals": {
         "maze_map": [
             [1, 1, 1, 1, 1, 1, 1],
-            [1, 0, 0, "g", 0, 0, 1],
-            [1, 0, 1, 0, 1, 0, 1],
+            [1, 1, 1, "g", 1, 1, 1],
+            [1, 1, 1, 0, 1, 1, 1],
             [1, "g", 0, "r", 0, "g", 1],
-            [1, 0, 1, 0, 1, 0, 1],
-            [1, 0, 0, "g", 0, 0, 1],
+            [1, 1, 1, 0, 1, 1, 1],
+            [1, 1, 1, "g", 1, 1, 1],
             [1, 1, 1, 1, 1, 1, 1],
         ],
     },

@@ -3,6 +3,9 @@
 import difflib
 import inspect
 import math
+import os
+import re
+import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -117,6 +120,10 @@ class ZooExperimentManager(ExperimentManager):
                 )
             else:
                 raise UserError(f"actor_learning_rate {rate!r} is none of NUMBER, lin_NUMBER, cosine_NUMBER_DECAYSTEPS")
+        rate = hyperparams.get("learning_rate")
+        if isinstance(rate, str) and not re.fullmatch(r"lin_[0-9.e+-]+", rate):
+            # rl_zoo3 takes every word before the underscore for "lin"
+            raise UserError(f"learning_rate {rate!r} is none of NUMBER, lin_NUMBER")
         processed: dict[str, Any] = super()._preprocess_schedules(hyperparams)
         return processed
 
@@ -132,6 +139,20 @@ class ZooExperimentManager(ExperimentManager):
         return processed
 
     # --- One run
+
+    def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
+        """
+        Make everything that a run needs. Where that fails, nothing is left of the run: ``enjoy`` plays the newest one.
+
+        :return: The model and the hyperparameters to save; None with a study
+        """
+        existed = os.path.exists(self.save_path)
+        try:
+            return super().setup_experiment()
+        except BaseException:
+            if not existed:
+                shutil.rmtree(self.save_path, ignore_errors=True)
+            raise
 
     def create_callbacks(self) -> None:
         """Add the checkpoints to rl_zoo3's callbacks, last, so that they contain the others' newest state."""

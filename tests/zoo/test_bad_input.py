@@ -58,6 +58,10 @@ BAD = {
         ["train", *PENDULUM, *HERE, "-params", "actor_learning_rate:'cosin_1'"],
         ["actor_learning_rate 'cosin_1'", "cosine_NUMBER_DECAYSTEPS"],
     ),
+    "unknown schedule of both networks": (
+        ["train", *PENDULUM, *HERE, "-params", "learning_rate:'cosine_1e-3'"],
+        ["learning_rate 'cosine_1e-3'", "lin_NUMBER"],
+    ),
     "log folder is a file": (["train", *PENDULUM, "-f", "{tmp}/a_file"], ["--log-folder", "a_file"]),
     # /proc takes no files from anybody, root included
     "log folder not writable": (["train", *PENDULUM, "-f", "/proc/logs"], ["--log-folder", "'/proc/logs'"]),
@@ -166,6 +170,8 @@ def test_one_clear_line(cli, logs, tmp_path, monkeypatch, name):
     for folder, files in before.items():
         after = contents(folder)
         assert {path: after.get(path) for path in files} == files
+    # An empty run would be the newest one, which enjoy plays
+    assert list((tmp_path / "logs").glob("*/*")) == []
 
 
 def test_a_run_in_progress_is_not_resumed_a_second_time(cli, tmp_path):
