@@ -153,14 +153,14 @@ TASKS = {
     "ant-two-goals": Task(
         "sb3_qsm/AntMaze_TwoGoals-v0",
         2,
-        150_000,
+        300_000,
         own={"ddiffpg": {"position": [0, 1], **ASCENT}},
         env_kwargs={
             "maze_map": [[1, 1, 1, 1, 1], [1, "g", "r", "g", 1], [1, 1, 1, 1, 1]],
             "action_repeat": 5,
             "max_episode_steps": 100,
         },
-        n_envs=16,
+        n_envs=4,
     ),
 }
 ALGORITHMS: dict[str, type[OffPolicyAlgorithm]] = {
