@@ -154,6 +154,7 @@ TASKS = {
         "sb3_qsm/AntMaze_TwoGoals-v0",
         2,
         300_000,
+        arguments=SMALL,
         own={"ddiffpg": {"position": [0, 1], **ASCENT}},
         env_kwargs={
             "maze_map": [[1, 1, 1, 1, 1], [1, "g", "r", "g", 1], [1, 1, 1, 1, 1]],
