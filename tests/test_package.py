@@ -301,6 +301,8 @@ def test_documented_commands_run(name: str, tmp_path: Path):
                 command[command.index(option) + 1] = value
         if command[0] == "train" and "--resume" not in command:
             command += ["-n", "160", "--eval-episodes", "1", "-params", "learning_starts:100"]
+            # A finished run loses its checkpoint, and nothing kills this one
+            command += ["--keep-checkpoint"] if name == "resume" else []
         if command[0] in ("enjoy", "record_video"):
             command += ["-n", "20", *(["--no-render"] if command[0] == "enjoy" else [])]
         finished = subprocess.run(
