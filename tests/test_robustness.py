@@ -214,7 +214,15 @@ def test_interrupted_process(tmp_path, seconds):
     options = ["-n", "1000000", "-f", str(tmp_path), "--eval-freq", "-1", "--checkpoint-freq", "20", "--save-freq", "20"]
     params = ["-params", "learning_starts:20", "batch_size:8", "diffusion_steps:2", "policy_kwargs:dict(net_arch=[8])"]
     command = [sys.executable, "-m", "sb3_qsm", "train", "--env", "Pendulum-v1", *options, *params]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # A shell lets its background jobs ignore Ctrl-C, and what they start inherits it
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     run = tmp_path / "qsm" / "Pendulum-v1_1"
     deadline = time.monotonic() + 300
     while not (run / "rl_model_40_steps.zip").exists():
