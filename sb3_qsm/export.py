@@ -50,9 +50,10 @@ def to_onnx(
     :param sampling_steps: Number of DDIM steps, at most T; by default as the model acts
     :param vec_normalize: Statistics of observations; by default those of the model's environment, if it has any
     :param opset_version: Version of ONNX's operators; by default PyTorch's
-    :raises TypeError: if the model has no diffusion policy
+    :raises TypeError: if the model has no diffusion policy, or ``vec_normalize`` is none
     :raises ValueError: if an argument is out of its range, or ``vec_normalize`` does not fit the model
     :raises ImportError: if onnx or onnxscript is not installed
+    :raises OSError: if the file cannot be written
     """
     program = _export(model, deterministic, sampling_steps, vec_normalize)
     try:
@@ -95,7 +96,7 @@ def to_torch_export(
     :param deterministic: Whether the action shall depend on the observation alone, as in ``predict(..., deterministic=True)``
     :param sampling_steps: Number of DDIM steps, at most T; by default as the model acts
     :param vec_normalize: Statistics of observations; by default those of the model's environment, if it has any
-    :raises TypeError: if the model has no diffusion policy
+    :raises TypeError: if the model has no diffusion policy, or ``vec_normalize`` is none
     :raises ValueError: if an argument is out of its range, or ``vec_normalize`` does not fit the model
     """
     program = _export(model, deterministic, sampling_steps, vec_normalize)

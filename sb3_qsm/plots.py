@@ -136,6 +136,7 @@ def plot_action_landscape(
     :return: The figure
     :raises TypeError: if the model has no critics
     :raises ValueError: if ``dims`` are not two action dimensions, or another argument is out of its range
+    :raises ImportError: if matplotlib is not installed
     """
     check_integer("n_samples", n_samples, 1)
     check_integer("resolution", resolution, 2)
@@ -180,6 +181,7 @@ def plot_reverse_process(
     :return: The figure
     :raises TypeError: if the policy is no diffusion policy
     :raises ValueError: if ``dims`` are not two action dimensions
+    :raises ImportError: if matplotlib is not installed
     """
     actor = _diffusion_actor(model)
     dims = _check_dims(dims, actor.action_dim)
@@ -233,6 +235,7 @@ def plot_score_field(
     :return: The figure
     :raises TypeError: if the policy is no diffusion policy
     :raises ValueError: if ``dims`` are not two action dimensions
+    :raises ImportError: if matplotlib is not installed
     """
     actor = _diffusion_actor(model)
     dims = _check_dims(dims, actor.action_dim)
@@ -303,6 +306,7 @@ def plot_trajectories(
     :param position: Function from an observation to the position, shape ``(2,)``
     :param axes: Where to draw, in a figure of the caller's; by default in a new one
     :return: The figure
+    :raises ImportError: if matplotlib is not installed
     """
     if axes is None:
         _, (axes,) = _new_figure(size=(5.0, 3.6))
@@ -359,6 +363,8 @@ def plot_policy(model: BaseAlgorithm, observation: Observation, dims: tuple[int,
     :param dims: The two action dimensions
     :return: Figures by name: ``"actions"`` for a model with critics, ``"reverse_process"`` and ``"score_field"`` for a
         diffusion policy
+    :raises ValueError: if ``dims`` are not two action dimensions
+    :raises ImportError: if matplotlib is not installed
     """
     figures = {}
     if getattr(model, "critic", None) is not None:

@@ -24,9 +24,9 @@ import sb3_qsm
 
 ROOT = Path(__file__).parents[1]
 MARKDOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-# A comment above a snippet says what it needs: arguments, the snippet before it, or a study
+# A comment above a snippet says what it needs: arguments, the snippet before it, a study, or a run of the command line
 SNIPPET = re.compile(
-    r"(?:^<!-- (arguments: .*|continues the snippet above|needs study\.log) -->\n)?^```python\n(.*?)^```",
+    r"(?:^<!-- (arguments: .*|continues the snippet above|needs study\.log|needs a run) -->\n)?^```python\n(.*?)^```",
     re.MULTILINE | re.DOTALL,
 )
 SNIPPETS = [
@@ -191,6 +191,10 @@ def test_documented_python_runs(path: Path, number: int, tmp_path: Path):
     needs, code = snippets[number]
     if needs.startswith("continues"):
         code = snippets[number - 1][1] + code
+    if needs == "needs a run":
+        pytest.importorskip("rl_zoo3")
+        command = [sys.executable, "-m", "sb3_qsm", "train", "--env", "Pendulum-v1", "-n", "110", "-params", "normalize:True"]
+        subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
     if needs == "needs study.log":
         make_study(tmp_path / "study.log")
     # Fewer steps, of which the first 100 are random; everything else runs as it stands in the text

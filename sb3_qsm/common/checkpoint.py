@@ -201,6 +201,7 @@ class RunCheckpointCallback(BaseCallback):
     :param folder: Folder that gets ``checkpoint.zip``
     :param verbose: Verbosity level: 0 for no output, 2 for a line with each checkpoint
     :raises ValueError: if ``save_freq`` is not positive
+    :raises CheckpointError: when the training starts, if ``folder`` holds the checkpoint of another one
     """
 
     def __init__(self, save_freq: int, folder: str | os.PathLike[str], verbose: int = 0) -> None:

@@ -331,6 +331,7 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         :param device: Device of the networks
         :param kwargs: Further arguments of ``load``, such as ``tensorboard_log``
         :return: The model, with its replay buffer, random number generators and counters
+        :raises CheckpointError: if there is no checkpoint, it is damaged, or does not fit the class or ``env``
         """
         return resume(cls, path, env, device, **kwargs)
 
@@ -391,6 +392,8 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
 
         :param path: File to write (``.safetensors`` is added to a name without suffix) or a binary stream
         :raises ValueError: if something of the model cannot be expressed, such as a function as schedule; nothing is written
+        :raises OSError: if it cannot be written, for instance because the disk is full; what was there is still there
+        :raises ImportError: if safetensors is not installed
         """
         self._before_save()
         save_safe(self, path)
@@ -415,6 +418,8 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         :param kwargs: Arguments of the constructor that replace those in the file, such as ``buffer_size``
         :return: The model
         :raises ValueError: if the file is no safe model, is damaged, says anything that is not allowed or does not fit ``env``
+        :raises TypeError: if an argument in ``kwargs`` is not one of the constructor
+        :raises ImportError: if safetensors is not installed
         """
         return load_safe(cls, path, env, device, **kwargs)
 

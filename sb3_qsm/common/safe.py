@@ -145,6 +145,7 @@ def save_safe(model: OffPolicyAlgorithm, path: SafePath) -> None:
     :param path: File to write (``.safetensors`` is added to a name without suffix) or a binary stream
     :raises ValueError: if something of the model cannot be expressed, such as a function as schedule or a class that is not in
         :data:`CLASSES`, or is not finite; the message names it. Nothing is written then
+    :raises OSError: if the file cannot be written, for instance because the disk is full; what was there is still there
     :raises ImportError: if safetensors is not installed
     """
     safetensors_torch = _import_safetensors()
@@ -258,6 +259,7 @@ def load_vec_normalize(path: SafePath, venv: VecEnv) -> VecNormalize:
     :param venv: Environments to wrap
     :return: The environments in ``VecNormalize``
     :raises ValueError: if the file is none of :func:`save_safe`, or holds no statistics, or they do not fit ``venv``
+    :raises ImportError: if safetensors is not installed
     """
     file, config, _ = _read(path)
     state = config["vec_normalize"]
@@ -295,6 +297,7 @@ def has_vec_normalize(path: SafePath) -> bool:
     :param path: File that :func:`save_safe` wrote
     :return: Whether the model was trained with ``VecNormalize``
     :raises ValueError: if the file is none of :func:`save_safe`
+    :raises ImportError: if safetensors is not installed
     """
     return _read(path)[1]["vec_normalize"] is not None
 

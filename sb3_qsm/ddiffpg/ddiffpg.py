@@ -65,7 +65,7 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
     Successful trajectories are clustered into modes. Each mode has critics of its own, and so has the exploration, which is
     paid for novelty alone. Batches have all modes in equal parts. The actor learns, by the ordinary loss of a diffusion model,
     actions that were moved uphill on the critics of their mode. It is told the mode by an embedding, which is left out half of
-    the time, so that it can also act without.
+    the time in states that the mode passes by, so that it can also act without.
 
     The environment's info must have ``"success"`` or ``"is_success"`` at the end of every episode.
 

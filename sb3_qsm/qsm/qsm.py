@@ -97,10 +97,11 @@ class QSM(OfflineTraining):
         ``"ddim"`` is deterministic given the latent
     :param sampling_temperature: Factor on the noise of the reverse process
     :param score_target: Where the critic's gradient is taken and how it is weighted: ``"denoised"`` at the clipped estimate of
-        the clean action, ``"noised"`` at the noised action, ``"clean"`` at the replayed action, all with sigma_t; ``"paper"``
-        at the noised action without sigma_t
+        the clean action, ``"noised"`` at the noised action, ``"clean"`` at the replayed action; ``"paper"`` at the noised
+        action without sigma_t. The others have sigma_t as weight, and with ``prior_std`` that of its equation
     :param policy_samples: Share of the actor's batch that is taken at the next states, with the actions that the policy drew
-        there for the critics' target; the rest are replayed states and actions, which is all of it in the paper (0)
+        there for the critics' target; the rest are replayed states and actions, which is all of it in the paper (0), and where
+        data is cloned (:meth:`load_offline`)
     :param temperature: Temperature lambda of the Boltzmann policy, on the scale where the mean absolute component of the
         critic's action gradient is one
     :param prior_std: Standard deviation of a Gaussian prior over the scaled actions, p(a|s) ~ N(0, prior_std^2) exp(Q/lambda):
@@ -123,7 +124,8 @@ class QSM(OfflineTraining):
         zero. Until ``learning_starts`` all actions are random anyway
     :param exploration_decay_steps: Environment step at which that probability is zero
     :param compile: Compile the losses and their gradients with ``torch.compile``, which needs a C++ compiler and about half a
-        minute at the first gradient step, less when the same update was compiled before
+        minute at the first gradient step, less when the same update was compiled before, and a features extractor without
+        parameters
     :param precision: ``"float32"``, or ``"bf16"`` for matrix products with bfloat16 operands: parameters, optimizers and the
         critics' targets stay in float32. Applies to acting too where there are 16 observations or more
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average

@@ -38,22 +38,42 @@ ScoreTarget = Callable[[DiffusedActions], tuple[th.Tensor, th.Tensor]]
 
 
 def paper(batch: DiffusedActions) -> tuple[th.Tensor, th.Tensor]:
-    """Gradient at the noised action, without sigma_t (arXiv 2312.11752, equation 12 as in the official code)."""
+    """
+    Gradient at the noised action, without sigma_t (arXiv 2312.11752, equation 12 as in the official code).
+
+    :param batch: Replayed actions and their noised versions
+    :return: Actions at which to take the gradient, shape ``(batch, dim)``; weights of the gradients, shape ``(batch, 1)``
+    """
     return batch.noisy_actions, th.ones_like(batch.sigma)
 
 
 def noised(batch: DiffusedActions) -> tuple[th.Tensor, th.Tensor]:
-    """Gradient at the noised action, weighted by sigma_t: a_t stands for the clean action (FlowRL's QSM)."""
+    """
+    Gradient at the noised action, weighted by sigma_t: a_t stands for the clean action (FlowRL's QSM, arXiv 2603.27450).
+
+    :param batch: Replayed actions and their noised versions
+    :return: Actions at which to take the gradient, shape ``(batch, dim)``; weights of the gradients, shape ``(batch, 1)``
+    """
     return batch.noisy_actions, batch.sigma
 
 
 def clean(batch: DiffusedActions) -> tuple[th.Tensor, th.Tensor]:
-    """Target score matching (arXiv 2402.08667, equation 8): unbiased when the noised actions were drawn from the policy."""
+    """
+    Target score matching (arXiv 2402.08667, equation 8): unbiased when the noised actions were drawn from the policy.
+
+    :param batch: Replayed actions and their noised versions
+    :return: Actions at which to take the gradient, shape ``(batch, dim)``; weights of the gradients, shape ``(batch, 1)``
+    """
     return batch.actions, batch.sigma / batch.signal
 
 
 def denoised(batch: DiffusedActions) -> tuple[th.Tensor, th.Tensor]:
-    """Gradient at the clipped estimate of the clean action, which lies among the actions the critic was trained on."""
+    """
+    Gradient at the clipped estimate of the clean action, which lies among the actions the critic was trained on.
+
+    :param batch: Replayed actions and their noised versions
+    :return: Actions at which to take the gradient, shape ``(batch, dim)``; weights of the gradients, shape ``(batch, 1)``
+    """
     return predict_clean_sample(batch.noisy_actions, batch.eps, batch.signal, batch.sigma), batch.sigma
 
 

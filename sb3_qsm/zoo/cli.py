@@ -262,9 +262,13 @@ class _Options:
         :return: What rl_zoo3 shall read
         :raises UserError: naming the argument, its value and what is allowed
         """
+        resumed = getattr(args, "resume", None) is not None
+        # First, since what follows may make folders; a run that goes on has its environment's name in its own files
+        if hasattr(args, "env") and isinstance(args.env, str) and not resumed:
+            _check_env(args)
         if self.command == "train":
             args = self._check_train(parser, args)
-        if hasattr(args, "env") and isinstance(args.env, str):
+        if resumed:
             _check_env(args)
         if getattr(args, "folder", None) == "rl-trained-agents" and args.algo in ALGORITHMS:
             # rl_zoo3's default is its collection of agents, of other algorithms
