@@ -25,6 +25,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
+from sb3_qsm.common.checks import check_integer
 from sb3_qsm.common.files import replacing
 from sb3_qsm.common.policies import DiffusionPolicy, check_sampling_steps
 from sb3_qsm.diffusion import SAMPLERS, ddim
@@ -55,6 +56,8 @@ def to_onnx(
     :raises ImportError: if onnx or onnxscript is not installed
     :raises OSError: if the file cannot be written
     """
+    if opset_version is not None:
+        check_integer("opset_version", opset_version, 1)
     program = _export(model, deterministic, sampling_steps, vec_normalize)
     try:
         importlib.import_module("onnxscript")
@@ -76,6 +79,9 @@ def to_onnx(
             dynamo=True,
         )
     assert onnx_program is not None
+    written = next(entry.version for entry in onnx_program.model_proto.opset_import if not entry.domain)
+    if opset_version not in (None, written):
+        raise ValueError(f"opset_version={opset_version} is not possible here: PyTorch wrote version {written}")
     with replacing(Path(path)) as file:
         file.write(onnx_program.model_proto.SerializeToString())
 
@@ -126,7 +132,9 @@ class PolicyGraph(nn.Module):
         n, dim = policy.best_of_n, policy.actor.action_dim
         self.register_buffer("latents", policy.actor.draw_latents(1, deterministic=True, n=n)[0].view(n, 1, dim))
         for name in ("low", "high"):
-            self.register_buffer(name, th.as_tensor(getattr(policy.action_space, name), dtype=th.float32))
+            bound = th.as_tensor(getattr(policy.action_space, name))
+            # In the space's own precision, so that an action at a bound is that bound
+            self.register_buffer(name, bound if bound.dtype == th.float64 else bound.float())
         found: Any = vec_normalize.obs_rms if vec_normalize is not None and vec_normalize.norm_obs else {}
         self.clip = 0.0 if vec_normalize is None else vec_normalize.clip_obs
         self.statistics: dict[str | None, tuple[th.Tensor, th.Tensor]] = {
@@ -181,8 +189,13 @@ def _export(
         vec_normalize = model.get_vec_normalize_env()
     elif vec_normalize is not None and not isinstance(vec_normalize, VecNormalize):
         raise TypeError(f"vec_normalize must be a VecNormalize, got {type(vec_normalize).__name__}")
+    if vec_normalize is not None and not vec_normalize.norm_obs:
+        vec_normalize = None
     space: Any = policy.observation_space if vec_normalize is None else vec_normalize.venv.observation_space
     parts, expected = (_parts(found) for found in (space, policy.observation_space))
+    if vec_normalize is not None and isinstance(vec_normalize.obs_rms, dict):
+        # What is not normalised, such as images, SB3 may put in order outside of VecNormalize
+        parts = {key: part if key in vec_normalize.obs_rms else expected.get(key, part) for key, part in parts.items()}
     if {key: part.shape for key, part in parts.items()} != {key: part.shape for key, part in expected.items()}:
         raise ValueError(f"vec_normalize does not fit: it has observations of {space}, the model {policy.observation_space}")
 

@@ -24,6 +24,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from sb3_qsm.common.buffers import replay_buffer_for
 from sb3_qsm.common.checks import check_integer, check_number
 from sb3_qsm.common.off_policy import DiffusionOffPolicyAlgorithm
+from sb3_qsm.common.signals import uninterrupted
 
 SelfOffline = TypeVar("SelfOffline", bound="OfflineTraining")
 #: Observations of many steps: an array, or one for each key
@@ -85,7 +86,8 @@ class OfflineTraining(DiffusionOffPolicyAlgorithm):
         The dataset is not saved with the model, nor with a checkpoint: load it again to go on with it.
 
         :param dataset: Dataset of Minari, the name of a local one, or a replay buffer of SB3
-        :param share: Share of a batch that is taken from the dataset in ``learn``; 0.5 is RLPD's (arXiv 2302.02948)
+        :param share: Share of a batch that is taken from the dataset in ``learn``, at least one row unless it is 0; 0.5 is
+            RLPD's (arXiv 2302.02948)
         :param behaviour: Weight of the behaviour term of :meth:`pretrain` in ``learn``, at its first step. There it clones all
             actions of a batch, those of the dataset and the agent's own replayed ones
         :param behaviour_decay_steps: Environment step at which that weight has fallen linearly to zero; by default it stays
@@ -100,10 +102,15 @@ class OfflineTraining(DiffusionOffPolicyAlgorithm):
         check_number("behaviour", behaviour, 0.0, high=1.0)
         if behaviour_decay_steps is not None:
             check_integer("behaviour_decay_steps", behaviour_decay_steps, 1)
+            if behaviour == 0:
+                raise ValueError(f"behaviour_decay_steps needs a behaviour > 0 to let fade, got {behaviour_decay_steps}")
         stream = _join(self._streams(dataset))
-        self._offline = OfflineReplay(self._make_buffer(stream), share, behaviour, behaviour_decay_steps)
-        if self._vec_normalize_env is not None and update_statistics:
-            _update_statistics(self._vec_normalize_env, stream)
+        replay = OfflineReplay(self._make_buffer(stream), share, behaviour, behaviour_decay_steps)
+        # A dataset whose statistics are lost, or counted twice when it is loaded again, would be worse than none
+        with uninterrupted():
+            self._offline = replay
+            if self._vec_normalize_env is not None and update_statistics:
+                _update_statistics(self._vec_normalize_env, stream)
 
     def pretrain(
         self: SelfOffline,
@@ -120,7 +127,7 @@ class OfflineTraining(DiffusionOffPolicyAlgorithm):
 
         so that at every noise level the score is the mean of the data's and of the one that the critic asks for. The first
         term keeps the actions where the critic has seen any, as the constraint of Diffusion Actor-Critic (arXiv 2405.20555)
-        does.
+        does. Schedules of the learning rate stand at their beginning.
 
         :param gradient_steps: Number of gradient steps
         :param behaviour: Weight w of the behaviour term: 1 is behaviour cloning, 0 leaves all to the critic
@@ -138,21 +145,25 @@ class OfflineTraining(DiffusionOffPolicyAlgorithm):
             check_integer("batch_size", batch_size, 1)
         if not self._custom_logger:
             self._logger = configure_logger(self.verbose, self.tensorboard_log, f"{type(self).__name__}_pretrain")
-        replay = self._offline
+        replay, progress_remaining = self._offline, self._current_progress_remaining
         self._offline = OfflineReplay(replay.buffer, 1.0, behaviour)
+        self._current_progress_remaining = 1.0
         try:
             for start in range(0, gradient_steps, log_interval):
                 self.train(min(log_interval, gradient_steps - start), batch_size or self.batch_size)
                 self.logger.dump(self._n_updates)
         finally:
-            self._offline = replay
+            self._offline, self._current_progress_remaining = replay, progress_remaining
         return self
 
     def _sample_batch(self, batch_size: int) -> ReplayBufferSamples:
         """A minibatch of both buffers."""
         sizes = [(self.replay_buffer, batch_size)]
         if self._offline is not None:
-            from_data = round(self._offline.share * batch_size)
+            share = self._offline.share
+            from_data = round(share * batch_size)
+            if 0 < share < 1:
+                from_data = max(1, min(from_data, batch_size - 1))
             sizes = [(self._offline.buffer, from_data), (self.replay_buffer, batch_size - from_data)]
         parts = []
         for buffer, size in sizes:
@@ -197,7 +208,15 @@ class OfflineTraining(DiffusionOffPolicyAlgorithm):
             if len(episode) == 0:
                 continue
             observations = self._fit_observations(episode.observations)
-            actions = np.asarray(episode.actions)
+            actions, rewards = np.asarray(episode.actions), np.asarray(episode.rewards)
+            parts = observations.values() if isinstance(observations, dict) else [observations]
+            lengths = sorted({len(part) for part in parts})
+            if len(rewards) != len(actions) or lengths != [len(actions) + 1]:
+                raise ValueError(
+                    f"An episode of the dataset must have as many rewards as actions ({len(actions)}) and one observation "
+                    f"more, got {len(rewards)} and {', '.join(map(str, lengths))}"
+                )
+            _check_kind("actions", actions)
             _check_shape("actions", actions, self.action_space)
             low, high = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
             # Actions as they were before a clipping to the bounds are not those that were taken
@@ -211,7 +230,7 @@ class OfflineTraining(DiffusionOffPolicyAlgorithm):
                 _each(observations, lambda value: value[:-1]),
                 _each(observations, lambda value: value[1:]),
                 scaled,
-                np.asarray(episode.rewards),
+                rewards,
                 ends,
                 ends & ~terminations,
             )
@@ -219,6 +238,12 @@ class OfflineTraining(DiffusionOffPolicyAlgorithm):
     def _from_replay_buffer(self, buffer: ReplayBuffer) -> Iterator[Stream]:
         """The steps of a replay buffer of SB3, environment by environment, oldest first."""
         size = buffer.buffer_size
+        space: Any = buffer.action_space
+        own: Any = self.action_space
+        if not isinstance(space, spaces.Box) or (
+            space.shape == own.shape and not (np.allclose(space.low, own.low) and np.allclose(space.high, own.high))
+        ):
+            raise ValueError(f"The dataset's actions are those of {space}, the model has {own}")
         order = (np.arange(size) + buffer.pos) % size if buffer.full else np.arange(buffer.pos)
         if buffer.optimize_memory_usage and buffer.full:
             order = order[1:]  # the observation at `pos` has been overwritten by the newest next one
@@ -265,6 +290,12 @@ class OfflineTraining(DiffusionOffPolicyAlgorithm):
             if value.shape[1:] != part.shape and value.ndim == 4:
                 value = maybe_transpose(value, part)
             _check_shape(name, value, part)
+            _check_kind(name, value)
+            if not np.issubdtype(part.dtype, np.floating):
+                low, high = _integer_bounds(part)
+                # The buffer of the model would cut off fractions, and wrap around what is too large
+                if not ((value >= low) & (value <= high) & (value == np.floor(value))).all():
+                    raise ValueError(f"The dataset's {name} are not all integers within {part}")
             return value
 
         if isinstance(space, spaces.Dict):
@@ -294,6 +325,22 @@ class OfflineTraining(DiffusionOffPolicyAlgorithm):
         raise NotImplementedError
 
 
+def _check_kind(name: str, value: np.ndarray[Any, Any]) -> None:
+    if value.dtype.kind not in "biuf":
+        raise ValueError(f"The dataset's {name} must be numbers, got {value.dtype}")
+
+
+def _integer_bounds(space: spaces.Space[Any]) -> tuple[Any, Any]:
+    """Smallest and largest values of a space of integers."""
+    if isinstance(space, spaces.Box):
+        return space.low, space.high
+    if isinstance(space, spaces.MultiDiscrete):
+        return space.start, space.start + space.nvec - 1
+    if isinstance(space, spaces.Discrete):
+        return space.start, space.start + space.n - 1
+    return 0, 1
+
+
 def _check_shape(name: str, value: np.ndarray[Any, Any], space: spaces.Space[Any]) -> None:
     if value.shape[1:] != space.shape:
         raise ValueError(f"The dataset's {name} have shape {value.shape[1:]}, the model has {space}")
@@ -305,11 +352,13 @@ def _each(values: Observations, function: Any) -> Observations:
 
 
 def _stream(*columns: Any) -> Stream:
-    """Steps whose numbers are all finite."""
+    """Steps whose numbers are all finite in single precision, in which they are learned from."""
     for name, values in zip(Stream._fields, columns, strict=True):
         for value in values.values() if isinstance(values, dict) else [values]:
-            if not np.isfinite(value).all():
-                raise ValueError(f"The dataset's {name} are not all finite")
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(np.asarray(value, dtype=np.float32))
+            if not finite.all():
+                raise ValueError(f"The dataset's {name} are not all finite in single precision")
     return Stream(*columns)
 
 

@@ -36,6 +36,7 @@ VARIANTS = {
         {"policy_kwargs": {"features_extractor_kwargs": {"features_dim": 8}, "share_features_extractor": True}},
         False,
     ),
+    "image_and_vector": (spaces.Dict({"a": FAR, "image": IMAGE}), {}, True),
     "layer_norm": (spaces.MultiDiscrete([3, 2]), {"policy_kwargs": {"layer_norm": True, "net_arch": []}}, False),
 }
 
@@ -132,6 +133,35 @@ def test_torch_export_is_predict(tmp_path, variant, deterministic):
         np.testing.assert_allclose(program(tensors(obs), *noise).numpy(), actions, atol=1e-5)
 
 
+def test_actions_in_double_precision_stay_within_their_bounds(tmp_path):
+    space = spaces.Box(np.array([-0.1, -0.7]), np.array([0.1, 0.7]), dtype=np.float64)
+    env = DummyVecEnv([lambda: SpacesEnv(BOX, space)])
+    model = QSM("MlpPolicy", env, buffer_size=10, policy_kwargs={"net_arch": [4]}, seed=0)
+    with th.no_grad():
+        for parameter in model.actor.parameters():
+            parameter.mul_(30.0)
+    to_torch_export(model, tmp_path / "policy.pt2")
+    obs = observations(BOX, 100)
+    found = th.export.load(tmp_path / "policy.pt2").module()(tensors(obs)).numpy()
+    actions = model.predict(obs, deterministic=True)[0]
+    assert (np.abs(actions) == space.high).any()  # else the test shows nothing
+    assert found.dtype == actions.dtype == np.float64
+    assert all(map(space.contains, found))
+    np.testing.assert_allclose(found, actions, atol=1e-5)
+
+
+def test_statistics_of_rewards_alone_are_no_part_of_a_policy(tmp_path):
+    """Images with channels last, which SB3 puts in order outside of VecNormalize, go in as they are in the model."""
+    env = VecNormalize(DummyVecEnv([lambda: SpacesEnv(spaces.Box(0, 255, (36, 38, 3), np.uint8), ACTION)]), norm_obs=False)
+    features = {"features_extractor_kwargs": {"features_dim": 4}, "net_arch": [4]}
+    model = QSM("CnnPolicy", env, buffer_size=10, learning_starts=50, policy_kwargs=features)
+    to_torch_export(model, tmp_path / "policy.pt2")
+    obs = observations(IMAGE, 3)[:, :, :, :36]
+    obs = np.concatenate([obs, obs[..., :2]], axis=-1)  # (3, 36, 38), as SB3 keeps it
+    found = th.export.load(tmp_path / "policy.pt2").module()(tensors(obs)).numpy()
+    np.testing.assert_allclose(found, model.predict(obs, deterministic=True)[0], atol=1e-5)
+
+
 def test_graphs_are_float32(tmp_path):
     """A model trained in bfloat16 chooses the precision by the number of observations; a graph is for any number."""
     model = make_model()
@@ -180,6 +210,8 @@ def test_the_model_goes_on_as_it_was(tmp_path):
     [
         ({"sampling_steps": 5}, "sampling_steps must be None or an integer from 1 to diffusion_steps=4, got 5"),
         ({"sampling_steps": 0}, "got 0"),
+        ({"opset_version": "9"}, "opset_version must be an integer >= 1, got '9'"),
+        ({"opset_version": 99}, "opset_version=99 is not possible here: PyTorch wrote version"),
         ({"vec_normalize": BOX}, "vec_normalize must be a VecNormalize, got Box"),
         ({"vec_normalize": "other"}, "vec_normalize does not fit: it has observations of Box(900.0"),
     ],
@@ -187,7 +219,7 @@ def test_the_model_goes_on_as_it_was(tmp_path):
 def test_bad_arguments(tmp_path, kwargs, message):
     if kwargs.get("vec_normalize") == "other":
         kwargs = {"vec_normalize": make_model("ddpm").get_vec_normalize_env()}
-    for function in (to_onnx, to_torch_export):
+    for function in (to_onnx,) if "opset_version" in kwargs else (to_onnx, to_torch_export):
         with pytest.raises((TypeError, ValueError), match=re.escape(message)):
             function(make_model(), tmp_path / "new" / "policy", **kwargs)
     assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_qsm import QSM, offline
@@ -374,6 +375,9 @@ def big(buffer):
         (lambda m: fill(m, 5), {"share": 1.5}, ValueError, "share must be a number >= 0 and <= 1, got 1.5"),
         (lambda m: fill(m, 5), {"behaviour": "x"}, ValueError, "behaviour must be a number >= 0 and <= 1, got 'x'"),
         (lambda m: fill(m, 5), {"behaviour_decay_steps": 0}, ValueError, "behaviour_decay_steps must be an integer >= 1"),
+        (lambda m: fill(m, 5), {"behaviour_decay_steps": 9}, ValueError, "behaviour_decay_steps needs a behaviour > 0"),
+        (lambda m: ReplayBuffer(5, BOX, spaces.Box(-2, 2, (2,))), {}, ValueError, r"are those of Box\(-2.0, 2.0"),
+        (lambda m: ReplayBuffer(5, BOX, spaces.Discrete(2)), {}, ValueError, r"are those of Discrete\(2\)"),
         (lambda m: [1, 2], {}, TypeError, "dataset must be one of Minari, a name, or a ReplayBuffer of SB3, got list"),
         (lambda m: ReplayBuffer(5, BOX, ACTION), {}, ValueError, "The dataset is empty"),
         (lambda m: nan(fill(m, 5), "rewards"), {}, ValueError, "The dataset's rewards are not all finite"),
@@ -394,6 +398,67 @@ def test_bad_data(dataset, kwargs, error, message):
     with pytest.raises(error, match=message):
         model.load_offline(dataset(model), **kwargs)
     assert model._offline is before
+
+
+class Episode:
+    """One of a dataset that holds what it likes."""
+
+    def __init__(self, observations, rewards=(0.0, 0.0), actions=((0.0, 2.2), (0.0, 2.2))):
+        self.observations, self.rewards, self.actions = observations, rewards, np.asarray(actions)
+        self.terminations = self.truncations = np.zeros(2, dtype=bool)
+
+    def __len__(self):
+        return 2
+
+    def iterate_episodes(self):
+        return [self]
+
+
+def parts(a=0.0, b=0):
+    return {"a": np.full((3, 2), a), "b": np.full(3, b)}
+
+
+@pytest.mark.parametrize(
+    ("policy", "episode", "message"),
+    [
+        ("CnnPolicy", Episode(np.full((3, 36, 38, 3), 0.5)), r"observations are not all integers within Box\(0, 255"),
+        ("CnnPolicy", Episode(np.full((3, 36, 38, 3), 256)), r"observations are not all integers within Box\(0, 255"),
+        ("MultiInputPolicy", Episode(parts(b=1.7)), r"\['b'\] are not all integers within Discrete\(3\)"),
+        ("MultiInputPolicy", Episode(parts(b=3)), r"\['b'\] are not all integers within Discrete\(3\)"),
+        ("MultiInputPolicy", Episode(parts(a="text")), r"\['a'\] must be numbers, got <U4"),
+        ("MultiInputPolicy", Episode(parts(a=1e39)), "observations are not all finite in single precision"),
+        ("MlpPolicy", Episode(np.zeros((3, 3)), rewards=(0.0, 1e39)), "rewards are not all finite in single precision"),
+        ("MlpPolicy", Episode(np.zeros((2, 3))), r"rewards as actions \(2\) and one observation more, got 2 and 2"),
+        ("MlpPolicy", Episode(np.zeros((3, 3)), rewards=(0.0,)), r"got 1 and 3"),
+    ],
+)
+def test_data_that_the_buffer_would_change(policy, episode, message):
+    model = make_model(policy)
+    with pytest.raises(ValueError, match=message):
+        model.load_offline(episode)
+    assert model._offline is None
+
+
+def test_a_small_share_is_a_row():
+    model = make_model()
+    model.load_offline(fill(model, 7, reward=5.0), share=0.01)
+    fill_own = make_model()
+    fill_own.learn(20)
+    model.replay_buffer = fill_own.replay_buffer
+    assert (model._sample_batch(8).rewards == 5.0).sum() == 1
+    model.load_offline(fill(model, 7, reward=5.0), share=0.99)
+    assert (model._sample_batch(8).rewards == 5.0).sum() == 7
+
+
+def test_pretraining_after_a_training_is_at_the_start_of_the_schedule():
+    model = make_model(learning_rate=LinearSchedule(1e-3, 0.0, 1.0)).learn(20)
+    assert model._current_progress_remaining < 0.1
+    remaining = model._current_progress_remaining
+    model.load_offline(fill(model, 7))
+    before = [parameter.clone() for parameter in model.actor.parameters()]
+    model.pretrain(1)
+    assert any(not th.equal(old, new) for old, new in zip(before, model.actor.parameters(), strict=True))
+    assert model._current_progress_remaining == remaining
 
 
 def test_data_of_other_spaces(make_dataset):

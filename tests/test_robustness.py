@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import gymnasium as gym
@@ -17,7 +18,7 @@ import pytest
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_qsm import QSM
-from sb3_qsm.common.checkpoint import CHECKPOINT_NAME, RunCheckpointCallback, read_info, resume
+from sb3_qsm.common.checkpoint import CHECKPOINT_NAME, CheckpointError, RunCheckpointCallback, read_info, resume
 from sb3_qsm.common.files import replacing
 from sb3_qsm.export import to_torch_export
 
@@ -120,6 +121,99 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         file.write(b"new")
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new"
+
+
+def write(path, content):
+    with replacing(path) as file:
+        file.write(content)
+
+
+def test_what_is_at_the_path_stays_what_it_was(tmp_path):
+    target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
+    target.write_bytes(b"old")
+    target.chmod(0o600)
+    link.symlink_to(target)
+    write(link, b"new")
+    assert link.is_symlink()
+    assert target.read_bytes() == b"new"
+    assert target.stat().st_mode & 0o777 == 0o600
+    os.mkfifo(pipe)
+    with open(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), "rb") as reader:
+        write(pipe, b"through")
+        assert reader.read() == b"through"
+    assert pipe.is_fifo()
+    write(tmp_path / ("n" * 255), b"long")
+    assert (tmp_path / ("n" * 255)).read_bytes() == b"long"
+    # A name that somebody else may have prepared is not followed
+    trap = tmp_path / f".other.{os.getpid()}.tmp"
+    trap.symlink_to(target)
+    write(tmp_path / "other", b"mine")
+    assert target.read_bytes() == b"new"
+    assert not (tmp_path / "other").is_symlink()
+
+
+def test_two_processes_write_the_same_file(tmp_path):
+    path = tmp_path / "file"
+    with replacing(path) as file:
+        file.write(b"half")
+        code = f"from tests.test_robustness import *; write(Path({str(path)!r}), b'whole')"
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+        assert path.read_bytes() == b"whole"
+        file.write(b" and half")
+    assert path.read_bytes() == b"half and half"
+    assert [found.name for found in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_of_the_models_name(tmp_path):
+    """As ``sb3-qsm train`` leaves it: the file is replaced whole, and found."""
+    model = make_model()
+    (tmp_path / "run").mkdir()
+    for save, load, suffix in ((model.save, QSM.load, "zip"), (model.save_safe, QSM.load_safe, "safetensors")):
+        save(tmp_path / "run")
+        old = (tmp_path / f"run.{suffix}").read_bytes()
+        real, os.replace = os.replace, lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+        try:
+            with pytest.raises(OSError, match="No space left on device; what was there before is kept"):
+                save(tmp_path / "run")
+        finally:
+            os.replace = real
+        assert (tmp_path / f"run.{suffix}").read_bytes() == old
+        assert load(tmp_path / "run").learning_starts == 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.safetensors", "run.zip"]
+
+
+def test_any_damage_of_a_checkpoint_is_named(tmp_path):
+    model = make_model().learn(12, RunCheckpointCallback(100, tmp_path))
+    path = tmp_path / CHECKPOINT_NAME
+    content = path.read_bytes()
+    model.save(tmp_path / "model")
+    saved = (tmp_path / "model.zip").read_bytes()
+    generator = random.Random(0)
+    # The central directory is at the end
+    places = [*range(40), *(generator.randrange(len(content)) for _ in range(40)), *range(-300, 0)]
+    refused = 0
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            read_info(path)
+        except CheckpointError:
+            refused += 1
+        damaged = bytearray(saved)
+        damaged[place % len(saved)] ^= 1 << generator.randrange(8)
+        try:
+            QSM._check_saved_file(io.BytesIO(damaged))
+        except ValueError:
+            refused += 1
+    # Some bits mean nothing, such as those of dates
+    assert refused > len(places)
+    for members, missing in (({"info.json": b'{"format": 1}'}, "model.zip, state.pkl, replay_buffer.pkl, algorithm"),):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in members.items():
+                archive.writestr(name, data)
+        with pytest.raises(CheckpointError, match=f"it has no {missing}"):
+            resume(QSM, path, gym.make("Pendulum-v1"))
 
 
 class FailingFile(io.BytesIO):

@@ -9,6 +9,7 @@ import re
 import struct
 import subprocess
 import sys
+import warnings
 import zipfile
 
 import cloudpickle
@@ -204,6 +205,34 @@ def test_statistics_of_vec_normalize(tmp_path):
     assert safe.load_vec_normalize(tmp_path / "reward", make_env(BOX)).ret_rms.count == only_reward.ret_rms.count
 
 
+def test_statistics_are_not_lost(tmp_path):
+    """Neither by a model that is loaded to act and saved again, nor without a word where an environment lacks them."""
+    env = VecNormalize(make_env(BOX), clip_reward=np.inf)
+    QSM("MlpPolicy", env, learning_starts=100, buffer_size=100, policy_kwargs={"net_arch": [8]}).learn(20).save_safe(
+        tmp_path / "a"
+    )
+    model = QSM.load_safe(tmp_path / "a")
+    model.save_safe(tmp_path / "b")
+    found = safe.load_vec_normalize(tmp_path / "b", make_env(BOX))
+    assert found.clip_reward == np.inf
+    np.testing.assert_array_equal(found.obs_rms.mean, env.obs_rms.mean)
+    model.save(tmp_path / "pickled")
+    assert "_loaded_statistics" not in vars(QSM.load(tmp_path / "pickled"))
+    for other in (make_env(BOX), VecNormalize(make_env(BOX))):
+        with pytest.warns(UserWarning, match="holds statistics of VecNormalize, which the environment lacks"):
+            QSM.load_safe(tmp_path / "a", other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        QSM.load_safe(tmp_path / "b", found)
+
+
+def test_steps_as_a_float(content):
+    model = QSM.load_safe(io.BytesIO(content), make_env(BOX)).learn(1e1)
+    file = io.BytesIO()
+    model.save_safe(file)
+    assert load(file.getvalue())._total_timesteps == 10
+
+
 def test_no_statistics(content):
     with pytest.raises(ValueError, match="without VecNormalize"):
         safe.load_vec_normalize(io.BytesIO(content), make_env(BOX))
@@ -315,6 +344,15 @@ def test_missing_file_and_missing_package(content, tmp_path, monkeypatch):
         load(content)
 
 
+def test_another_missing_package_is_no_fault_of_the_file(content, monkeypatch):
+    def missing(*_):
+        raise ImportError("DDiffPG needs dtaidistance")
+
+    monkeypatch.setattr(QSM, "_setup_model", missing)
+    with pytest.raises(ImportError, match="needs dtaidistance"):
+        load(content)
+
+
 def test_file_of_another_kind(content):
     plain = safetensors_torch.save({"weight": th.zeros(3)})
     for data in (b"", b"\0" * 8, b"text", plain, safetensors_torch.save({}, {"sb3_qsm": "{}"})):
@@ -406,8 +444,19 @@ HOSTILE = {
     "negative layer": (put("arguments.policy_kwargs.net_arch", [-1]), "holds no model of QSM"),
     "huge layer": (put("arguments.policy_kwargs.net_arch", [2**50, 2**50]), "holds no model of QSM"),
     "large layer": (put("arguments.policy_kwargs.net_arch", [10**6, 10**6]), "must be (1000000, "),
-    "layers too many": (put("arguments.policy_kwargs.net_arch", [1] * 5000), "a list of at most 4,096"),
-    "critics too many": (put("arguments.policy_kwargs.n_critics", 10**6), "n_critics must be at most 100"),
+    "layers too many": (put("arguments.policy_kwargs.net_arch", [1] * 65), "a list of at most 64"),
+    "critics too many": (put("arguments.policy_kwargs.n_critics", 33), "n_critics must be at most 32"),
+    "bits too many": (
+        put("observation_space", object_("MultiBinary", n={"@tuple": [2**11, 2**10]})),
+        "observation_space must be of at most 1,048,576 bits",
+    ),
+    "negative counter": (put("counters.num_timesteps", -5), "counters.num_timesteps must be an integer >= 0, got -5"),
+    "negative rate": (
+        put("learning_rates", {"actor.optimizer": [-1.0], "critic.optimizer": [1e-3]}),
+        "learning_rates.'actor.optimizer' must be a number >= 0, got -1.0",
+    ),
+    "progress": (put("progress_remaining", 1e300), "progress_remaining must be a number >= -9.0072e+15 and <= 1"),
+    "terminal codes": (put("arguments.\x1b[2J", 1), r"QSM: '\x1b[2J' is not known"),
     "third critic": (put("arguments.policy_kwargs.n_critics", 3), "'policy.critic.qf2.0.weight' is missing"),
     "steps too many": (put("arguments.diffusion_steps", 10**9), "diffusion_steps must be at most 10,000"),
     "buffer too large": (put("arguments.buffer_size", 2**50), "buffer_size must be at most"),

@@ -31,10 +31,12 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_qsm.common.buffers import cut_off_episodes
-from sb3_qsm.common.files import replacing
+from sb3_qsm.common.files import BAD_ZIP, replacing
 
 CHECKPOINT_NAME = "checkpoint.zip"
 FORMAT = 1
+_INFO = ("algorithm", "num_timesteps", "n_envs", "vec_normalize")
+_MEMBERS = ("model.zip", "state.pkl", "replay_buffer.pkl")
 
 AlgorithmT = TypeVar("AlgorithmT", bound=OffPolicyAlgorithm)
 
@@ -85,16 +87,21 @@ def read_info(path: str | os.PathLike[str]) -> dict[str, Any]:
     :raises CheckpointError: if there is none, it is damaged, or no checkpoint of this package
     """
     found = checkpoint_path(path)
-    try:
-        with zipfile.ZipFile(found) as archive:
-            damaged = archive.testzip()
-            info = json.loads(archive.read("info.json"))
-    except (zipfile.BadZipFile, KeyError, json.JSONDecodeError, EOFError) as error:
-        raise CheckpointError(f"{str(found)!r} is not a checkpoint written by sb3_qsm: {error}") from error
+    with open(found, "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+                info = json.loads(archive.read("info.json"))
+                missing = [name for name in _MEMBERS if name not in archive.namelist()]
+        except BAD_ZIP as error:
+            raise CheckpointError(f"{str(found)!r} is not a checkpoint written by sb3_qsm, or is damaged: {error}") from error
     if damaged is not None:
         raise CheckpointError(f"{str(found)!r} is damaged: wrong checksum of {damaged}")
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise CheckpointError(f"{str(found)!r} is not a checkpoint of format {FORMAT} of sb3_qsm")
+    missing += [name for name in _INFO if name not in info]
+    if missing:
+        raise CheckpointError(f"{str(found)!r} is not a checkpoint written by sb3_qsm: it has no {', '.join(missing)}")
     return info
 
 
@@ -181,6 +188,13 @@ def resume(
         if (vec_normalize is not None) != info["vec_normalize"]:
             has, lacks = ("the checkpoint", "env") if info["vec_normalize"] else ("env", "the checkpoint")
             raise CheckpointError(f"{str(found)!r} does not fit the environment: {has} has VecNormalize, {lacks} has not")
+        if vec_normalize is not None:
+            there, here = (_normalized(stats) for stats in (state["normalize_stats"], vars(vec_normalize)))
+            if there != here:
+                raise CheckpointError(
+                    f"{str(found)!r} does not fit the environment: VecNormalize has statistics of {here} in env, of {there} "
+                    "in the checkpoint"
+                )
         with archive.open("replay_buffer.pkl") as member:
             _restore_buffer(model.replay_buffer, pickle.load(member))
     if vec_normalize is not None:
@@ -315,6 +329,14 @@ def _restore_monitor_elapsed(env: VecEnv, elapsed: list[float] | None) -> None:
 
 def _normalize_stats(vec_normalize: VecNormalize) -> dict[str, Any]:
     return {name: value for name, value in vars(vec_normalize).items() if name in ("obs_rms", "ret_rms")}
+
+
+def _normalized(stats: dict[str, Any]) -> str:
+    """Of which observations there are statistics."""
+    found = stats.get("obs_rms")
+    if isinstance(found, dict):
+        return ", ".join(map(repr, sorted(found)))
+    return "no observations" if found is None else "the observations"
 
 
 def _callbacks(callback: BaseCallback | None) -> Iterator[BaseCallback]:

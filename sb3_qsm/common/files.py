@@ -1,29 +1,48 @@
 """Files that are there whole or not at all."""
 
 import contextlib
+import glob
 import io
 import os
+import stat
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+
+#: What :mod:`zipfile` raises for a file that is no archive, or a damaged one
+BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, NotImplementedError, RuntimeError, OSError)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[io.BufferedWriter]:
     """
     Open a file for writing that takes the place of the one at ``path`` when it is complete and on the disk. Until then, and if
-    the writing fails or is interrupted, the old one stays as it is.
+    the writing fails or is interrupted, the old one stays as it is. Where ``path`` is a link, the file it leads to is
+    replaced; a device or a pipe is written as it is.
 
     :param path: File to write; folders that are missing are made
     :return: Context manager of a binary file
     :raises OSError: if the file cannot be written, for instance because the disk is full; the message names it
     """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    if path.exists() and not path.is_file():
+        with open(path, "wb") as file:
+            yield file
+        return
+    # With the process in the name, two that write the same file do not write into each other's; a long name would be too long
+    start = f".{path.name[:100]}"
+    temporary = path.with_name(f"{start}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    _remove_left(path.parent, start)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -31,13 +50,30 @@ def replacing(path: Path) -> Iterator[io.BufferedWriter]:
         if isinstance(error, OSError) and error.filename is None and error.errno is not None:
             raise OSError(error.errno, f"{error.strerror}; what was there before is kept", str(path)) from error
         raise
-    # The rename itself lives in the folder
+    # The rename itself lives in the folder; the file is in its place also where the folder cannot be flushed
     if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _remove_left(folder: Path, start: str) -> None:
+    """Remove what killed processes left half written."""
+    if os.name != "posix":
+        return
+    for left in folder.glob(f"{glob.escape(start)}.*.tmp"):
+        process = left.name.removeprefix(f"{start}.").removesuffix(".tmp")
+        if process.isdecimal():
+            try:
+                os.kill(int(process), 0)
+            except (ProcessLookupError, OverflowError):
+                with contextlib.suppress(OSError):
+                    left.unlink()
+            except OSError:
+                pass
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import math
 import os
 import pathlib
 import zipfile
-import zlib
 from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
@@ -31,7 +30,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from sb3_qsm.common.buffers import cut_off_episodes
 from sb3_qsm.common.checkpoint import resume
 from sb3_qsm.common.checks import check_integer, check_number
-from sb3_qsm.common.files import own_errors, replacing
+from sb3_qsm.common.files import BAD_ZIP, own_errors, replacing
 from sb3_qsm.common.losses import Metrics, UpdateNoise
 from sb3_qsm.common.policies import DiffusionActor, DiffusionPolicy, QCritic
 from sb3_qsm.common.safe import load_safe, save_safe
@@ -352,7 +351,7 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         """
         self._before_save()
         target = path if isinstance(path, io.BufferedIOBase) else pathlib.Path(path)
-        if not isinstance(target, pathlib.Path) or target.is_dir():
+        if not isinstance(target, pathlib.Path):
             with own_errors():
                 super().save(path, exclude, include)
             return
@@ -383,6 +382,9 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         :return: New model instance with loaded parameters
         :raises ValueError: if the file is no saved model, is damaged, or was saved by another algorithm
         """
+        if not isinstance(path, io.BufferedIOBase) and pathlib.Path(path).is_dir():
+            # As the command line leaves them: the file of a run beside a folder of the same name
+            path = f"{path}.zip"
         cls._check_saved_file(path)
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
@@ -432,7 +434,7 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
             with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()
                 data = json.loads(archive.read("data"))
-        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError) as error:
+        except BAD_ZIP as error:
             raise ValueError(f"{path} is not a saved model, or it is truncated or damaged: {error}") from error
         finally:
             if file is path:
@@ -447,4 +449,4 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
             raise ValueError(f"{path} was not saved by {cls.__name__} but by {saved_by}")
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "actor", "critic", "critic_target"]
+        return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "_loaded_statistics"]

@@ -25,6 +25,7 @@ import os
 import reprlib
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,7 +51,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
 from sb3_qsm.common.buffers import DictNStepReplayBuffer
-from sb3_qsm.common.checks import check_number
+from sb3_qsm.common.checks import check_integer, check_number
 from sb3_qsm.common.files import replacing
 
 FORMAT = 1
@@ -93,8 +94,12 @@ OBJECTS: dict[str, tuple[Callable[..., Any], dict[str, tuple[str, Any]]]] = {
 
 # Integers that every JSON reader keeps, and what would take long before it is compared with the tensors
 _MAX_INTEGER = 2**53
-_LIMITS = {"best_of_n": 10_000, "diffusion_steps": 10_000, "n_critics": 100, "n_envs": 2**16, "buffer_size": 2**32}
+_LIMITS = {"best_of_n": 10_000, "diffusion_steps": 10_000, "n_critics": 32, "n_envs": 2**16, "buffer_size": 2**27}
 _MAX_ITEMS = 2**12
+_MAX_LAYERS = 64
+_LAYERS = ("net_arch", "pi", "qf", "time_arch")
+# Laying out a model draws an observation
+_MAX_BITS = 2**20
 _NO_CHECKSUM = "0" * 64
 _COUNTERS = ("num_timesteps", "_total_timesteps", "_num_timesteps_at_start", "_n_updates", "_episode_num")
 _CONFIG = {
@@ -114,6 +119,7 @@ _CONFIG = {
 }
 # Arguments of the constructor that are no part of the model, or have a place of their own. The log folder is the writer's
 _LEFT_OUT = ("self", "policy", "env", "tensorboard_log", "device", "_init_setup_model")
+_CLIPS = ("clip_obs", "clip_reward")
 _VEC_NORMALIZE = [name for name in inspect.signature(VecNormalize).parameters if name != "venv"]
 # What a model that is only laid out does without
 _LAID_OUT = {
@@ -174,12 +180,15 @@ def save_safe(model: OffPolicyAlgorithm, path: SafePath) -> None:
         "action_space": model.action_space,
         "n_envs": model.n_envs,
         "arguments": {name: getattr(model, attributes.get(name, name)) for name in _argument_names(algorithm)},
-        "counters": {name: getattr(model, name) for name in _COUNTERS},
+        # SB3 takes 1e6 for a number of steps
+        "counters": {name: int(getattr(model, name)) for name in _COUNTERS},
         "progress_remaining": model._current_progress_remaining,
         "episodes": [{key: info[key] for key in "rlt" if key in info} for info in model.ep_info_buffer or ()],
         "successes": [float(success) for success in model.ep_success_buffer or ()],
         "learning_rates": learning_rates,
-        "vec_normalize": _vec_normalize_state(model.get_vec_normalize_env()),
+        "vec_normalize": _vec_normalize_state(model.get_vec_normalize_env())
+        if model.env is not None
+        else getattr(model, "_loaded_statistics", None),
         "state": {} if state_of is None else state_of(),
     }
     encoded = {name: _encode(value, name, tensors) for name, value in config.items()}
@@ -190,14 +199,15 @@ def save_safe(model: OffPolicyAlgorithm, path: SafePath) -> None:
     content = unsigned.replace(_NO_CHECKSUM.encode(), hashlib.sha256(unsigned).hexdigest().encode(), 1)
 
     # What is written can be read
-    _, config, copies = _read(io.BytesIO(content))
-    _check_options(model, _lay_out(algorithm, config, copies, {}))
+    with _refusing("The model cannot be saved safely"):
+        config, copies = _parse(content)
+        laid_out = _lay_out(algorithm, config, copies, {})
+    _check_options(model, laid_out)
     if isinstance(path, io.BufferedIOBase):
         path.write(content)
         return
     target = Path(path)
-    target = target if target.suffix else target.with_suffix(f".{SUFFIX}")
-    with replacing(target) as file:
+    with replacing(target if target.suffix else target.with_name(f"{target.name}.{SUFFIX}")) as file:
         file.write(content)
 
 
@@ -244,10 +254,27 @@ def load_safe(
         model.ep_info_buffer = collections.deque(config["episodes"], maxlen=model._stats_window_size)
         model.ep_success_buffer = collections.deque(config["successes"], maxlen=model._stats_window_size)
         model._setup_model()
-        model.set_parameters(_parameters(model, config, tensors), exact_match=True, device=device)
+        model.set_parameters(_parameters(model, config, tensors, kwargs), exact_match=True, device=device)
         for name in model._get_torch_save_params()[1]:
             recursive_getattr(model, name).data.copy_(tensors[name])
+    if config["vec_normalize"] is not None:
+        if model.env is None:
+            vars(model)["_loaded_statistics"] = config["vec_normalize"]
+        elif not _has_statistics(model.get_vec_normalize_env()):
+            warnings.warn(
+                f"{file} holds statistics of VecNormalize, which the environment lacks: wrap it by load_vec_normalize",
+                stacklevel=3,
+            )
     return model
+
+
+def _has_statistics(env: VecNormalize | None) -> bool:
+    """Whether the environments are normalised by statistics of something."""
+    if env is None or not env.norm_obs:
+        return env is not None
+    found: Any = env.obs_rms
+    # They begin with a fraction of an observation
+    return all(rms.count >= 1 for rms in (found.values() if isinstance(found, dict) else [found]))
 
 
 def load_vec_normalize(path: SafePath, venv: VecEnv) -> VecNormalize:
@@ -266,11 +293,15 @@ def load_vec_normalize(path: SafePath, venv: VecEnv) -> VecNormalize:
     if state is None:
         raise ValueError(f"{file} holds a model that was trained without VecNormalize")
     with _refusing(f"The statistics in {file} do not fit"):
-        hints: dict[str, Any] = dict.fromkeys(("clip_obs", "clip_reward", "gamma", "epsilon"), float)
+        hints: dict[str, Any] = dict.fromkeys(("gamma", "epsilon"), float)
+        hints |= dict.fromkeys(_CLIPS, float | None)
         hints |= {**dict.fromkeys(("training", "norm_obs", "norm_reward"), bool), "norm_obs_keys": list[str] | None}
         arguments = _fields(state["arguments"], hints, "vec_normalize")
-        for name in ("clip_obs", "clip_reward", "epsilon"):
-            check_number(name, arguments[name], 0.0, strict=True)
+        for name in (*_CLIPS, "epsilon"):
+            if name in _CLIPS and arguments[name] is None:
+                arguments[name] = math.inf
+            else:
+                check_number(name, arguments[name], 0.0, strict=True)
         check_number("gamma", arguments["gamma"], 0.0, high=1.0)
         env = VecNormalize(venv, **arguments)
         for name in ("obs_rms", "ret_rms"):
@@ -313,7 +344,9 @@ def _vec_normalize_state(env: VecNormalize | None) -> dict[str, Any] | None:
             return {"mean": np.asarray(found.mean), "var": np.asarray(found.var), "count": found.count}
         return found
 
+    # An infinite bound switches clipping off, and has no place in JSON
     arguments = {name: getattr(env, name) for name in _VEC_NORMALIZE}
+    arguments |= {name: None for name in _CLIPS if arguments[name] == math.inf}
     return {"arguments": arguments, "obs_rms": statistics(getattr(env, "obs_rms", None)), "ret_rms": statistics(env.ret_rms)}
 
 
@@ -327,8 +360,11 @@ def _import_safetensors() -> Any:
 
 def _read(path: SafePath) -> tuple[str, dict[str, Any], Tensors]:
     """Read a file to its last byte, check the checksum and decode the configuration: name, configuration, tensors."""
-    safetensors_torch = _import_safetensors()
-    file: Any = open_path(path if isinstance(path, io.BufferedIOBase) else Path(path), "r", verbose=0, suffix=SUFFIX)
+    _import_safetensors()
+    source = path if isinstance(path, io.BufferedIOBase) else Path(path)
+    if isinstance(source, Path) and source.is_dir():
+        source = source.with_name(f"{source.name}.{SUFFIX}")
+    file: Any = open_path(source, "r", verbose=0, suffix=SUFFIX)
     name = "The stream" if isinstance(path, io.BufferedIOBase) else repr(os.fspath(path))
     try:
         content = file.read()
@@ -338,19 +374,34 @@ def _read(path: SafePath) -> tuple[str, dict[str, Any], Tensors]:
     if content[:4] == b"PK\x03\x04":
         raise ValueError(f"{name} is a zip file, as `save` writes; safe are only files written by `save_safe`")
     with _refusing(f"{name} was not written by `save_safe`, or is truncated or damaged"):
-        # It checks the header, which therefore is JSON without surprises
-        tensors = safetensors_torch.load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        metadata = json.loads(header["__metadata__"]["sb3_qsm"])
-        if metadata["format"] != FORMAT:
-            raise ValueError(f"its format is {metadata['format']!r}, this release reads {FORMAT} only")
-        unsigned = content.replace(metadata["sha256"].encode(), _NO_CHECKSUM.encode(), 1)
-        if hashlib.sha256(unsigned).hexdigest() != metadata["sha256"]:
-            raise ValueError("its checksum is wrong")
-        config = _decode(metadata["config"], "", tensors)
-        _fields(config, _CONFIG, "config")
-        _fields(config["counters"], dict.fromkeys(_COUNTERS, int), "counters")
-    return name, config, tensors
+        return name, *_parse(content)
+
+
+def _parse(content: bytes) -> tuple[dict[str, Any], Tensors]:
+    """Check the bytes of a file: configuration, tensors."""
+    # It checks the header, which therefore is JSON without surprises
+    tensors: Tensors = _import_safetensors().load(content)
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    metadata = json.loads(header["__metadata__"]["sb3_qsm"])
+    if metadata["format"] != FORMAT:
+        raise ValueError(f"its format is {reprlib.repr(metadata['format'])}, this release reads {FORMAT} only")
+    unsigned = content.replace(metadata["sha256"].encode(), _NO_CHECKSUM.encode(), 1)
+    if hashlib.sha256(unsigned).hexdigest() != metadata["sha256"]:
+        raise ValueError("its checksum is wrong")
+    config: dict[str, Any] = _decode(metadata["config"], "", tensors)
+    _fields(config, _CONFIG, "config")
+    _fields(config["counters"], dict.fromkeys(_COUNTERS, int), "counters")
+    for counter, value in config["counters"].items():
+        check_integer(f"counters.{counter}", value, 0)
+    for optimizer, rates in config["learning_rates"].items():
+        for rate in rates:
+            check_number(f"learning_rates.{reprlib.repr(optimizer)}", rate, 0.0)
+    # Below zero it is after more steps than were asked for
+    check_number("progress_remaining", config["progress_remaining"], -_MAX_INTEGER, high=1.0)
+    for key, item in config["state"].items():
+        if isinstance(item, list) and len(item) > len(tensors):
+            raise ValueError(f"state.{reprlib.repr(key)} must be of networks that are there, got {reprlib.repr(item)}")
+    return config, tensors
 
 
 def _lay_out(
@@ -449,7 +500,9 @@ def _check_options(model: OffPolicyAlgorithm, laid_out: OffPolicyAlgorithm) -> N
                     )
 
 
-def _parameters(model: OffPolicyAlgorithm, config: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
+def _parameters(
+    model: OffPolicyAlgorithm, config: dict[str, Any], tensors: Tensors, changes: dict[str, Any]
+) -> dict[str, Any]:
     """The tensors as ``set_parameters`` takes them."""
     parameters: dict[str, Any] = {}
     for name, state in model.get_parameters().items():
@@ -460,7 +513,11 @@ def _parameters(model: OffPolicyAlgorithm, config: dict[str, Any], tensors: Tens
             for key, value in own.items():
                 index, _, slot = key.partition(".")
                 slots.setdefault(int(index), {})[slot] = value
-            groups = zip(state["param_groups"], config["learning_rates"][name], strict=True)
+            rates = config["learning_rates"][name]
+            if f"{name.removesuffix('_optimizer')}_learning_rate" in changes:
+                # One that no schedule sets before each update
+                rates = [group["lr"] for group in state["param_groups"]]
+            groups = zip(state["param_groups"], rates, strict=True)
             parameters[name] = {"state": slots, "param_groups": [{**group, "lr": rate} for group, rate in groups]}
     return parameters
 
@@ -541,8 +598,9 @@ def _decode(data: Any, name: str, tensors: Tensors) -> Any:
         case float():
             return data if math.isfinite(data) else refuse("finite")
         case list():
-            if len(data) > _MAX_ITEMS:
-                refuse(f"a list of at most {_MAX_ITEMS:,}")
+            most = _MAX_LAYERS if name.rpartition(".")[2] in _LAYERS else _MAX_ITEMS
+            if len(data) > most:
+                refuse(f"a list of at most {most:,}")
             return [_decode(item, f"{name}[{index}]", tensors) for index, item in enumerate(data)]
         case {"@tuple": list() as items, **rest} if not rest:
             return tuple(_decode(items, name, tensors))
@@ -567,6 +625,8 @@ def _decode(data: Any, name: str, tensors: Tensors) -> Any:
                 if hint is np.dtype and isinstance(decoded.get(argument), str):
                     decoded[argument] = np.dtype(decoded[argument])
             _fields(decoded, {argument: hint for argument, (_, hint) in fields.items()}, name)
+            if kind is spaces.MultiBinary and np.prod(decoded["n"], dtype=float) > _MAX_BITS:
+                refuse(f"of at most {_MAX_BITS:,} bits")
             if kind is spaces.Dict:
                 # A plain dictionary would be sorted
                 decoded["spaces"] = collections.OrderedDict(decoded["spaces"])
@@ -619,6 +679,8 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _join(name: str, key: str) -> str:
+    # Names of a file end up in messages
+    key = key if key.isprintable() and len(key) <= 100 else reprlib.repr(key)
     return f"{name}.{key}" if name else key
 
 
@@ -632,5 +694,8 @@ def _refusing(message: str) -> Iterator[None]:
     """
     try:
         yield
+    except ImportError:
+        # An extra that is missing here says nothing about the file
+        raise
     except Exception as error:
         raise ValueError(f"{message}: {error or type(error).__name__}") from error

@@ -183,7 +183,8 @@ class TrajectoryReplayBuffer(ReplayBuffer):
         example = copy.deepcopy(observation_space).sample()
         one = {key: value[None] for key, value in example.items()} if isinstance(example, dict) else np.asarray(example)[None]
         self.positions = np.zeros((self.buffer_size, self._positions(one).shape[1]), dtype=np.float32)
-        self.next_positions = self.positions.copy()
+        # Zeros take no memory before they are written
+        self.next_positions = np.zeros_like(self.positions)
         self._free: list[int] = []
         self._open: list[list[int]] = [[] for _ in range(n_envs)]
 

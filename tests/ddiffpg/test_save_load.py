@@ -175,6 +175,10 @@ def test_safe_file_before_any_mode():
     file.seek(0)
     loaded = DDiffPG.load_safe(file, **{name: SMALL[name] for name in ("buffer_size",)})
     assert loaded.modes == []
+    file.seek(0)
+    # No schedule sets it before an update
+    loaded = DDiffPG.load_safe(file, novelty_learning_rate=0.5)
+    assert loaded.novelty_optimizer.param_groups[0]["lr"] == 0.5
 
 
 def test_interrupt_at_any_moment_of_a_clustering(tmp_path):
