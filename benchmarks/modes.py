@@ -358,22 +358,33 @@ def draw_curves(task_name: str, out: Path) -> Path | None:
     :param out: Folder of the CSVs
     :return: The picture, None if there is no curve
     """
-    found = [path for algo in ALGORITHMS for path in sorted(out.glob(f"{task_name}_{algo}_*_curve.csv"))]
+    found = {
+        (algo, seed): path
+        for algo in ALGORITHMS
+        for seed in SEEDS
+        if (path := out / f"{task_name}_{algo}_{seed}_curve.csv").exists()
+    }
     if not found:
         return None
-    figure = Figure(figsize=(4.3 * len(found), 3.2), layout="constrained")
-    for axes, path in zip(figure.subplots(1, len(found), squeeze=False, sharey=True)[0], found, strict=True):
-        _, algo, seed, _ = path.stem.rsplit("_", 3)
+    algos = [algo for algo in ALGORITHMS if any(algo == other for other, _ in found)]
+    seeds = sorted({seed for _, seed in found})
+    figure = Figure(figsize=(3.6 * len(algos), 2.6 * len(seeds)), layout="constrained")
+    grid = figure.subplots(len(seeds), len(algos), squeeze=False, sharex=True, sharey=True)
+    for (algo, seed), path in found.items():
+        axes = grid[seeds.index(seed), algos.index(algo)]
         rows = list(csv.DictReader(path.open()))
-        steps = [int(row["timesteps"]) for row in rows]
+        steps = [int(row["timesteps"]) / 1000 for row in rows]
         for way in range(TASKS[task_name].n_modes):
             shares = [json.loads(row["counts"]).get(str(way), 0) / max(int(row["episodes"]), 1) for row in rows]
-            axes.plot(steps, shares, label=f"way {way}")
-        axes.set(title=f"{ALGORITHMS[algo].__name__}, seed {seed}", xlabel="steps", ylim=(0, 1))
-        axes.title.set_fontsize(10)
+            axes.plot(steps, shares, label=f"{'route' if TASKS[task_name].routes else 'goal'} {way}")
+        axes.set_title(f"{ALGORITHMS[algo].__name__}, seed {seed}", fontsize=10)
+        axes.set_ylim(0, 1)
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("share of the episodes collected")
-    figure.axes[0].legend()
+    for axes in grid[-1]:
+        axes.set_xlabel("thousand steps")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("share of episodes")
+    grid[0, 0].legend(fontsize=8)
     picture = out / f"{task_name}_curves.png"
     figure.savefig(picture, dpi=110)
     return picture
