@@ -281,7 +281,7 @@ def run(task_name: str, algo: str, seed: int, out: Path, timesteps: int | None) 
         if isinstance(model, DDiffPG):
             model.set_mode(None)
         model.save(path.with_suffix(".zip"))
-        os.replace(curve.path, path.with_name(f"{path.stem}_curve.csv"))
+        shutil.copyfile(curve.path, path.with_name(f"{path.stem}_curve.csv"))
         os.replace(temporary, path)
         shutil.rmtree(folder)
 
@@ -370,8 +370,11 @@ def draw_curves(task_name: str, out: Path) -> Path | None:
     seeds = sorted({seed for _, seed in found})
     figure = Figure(figsize=(3.6 * len(algos), 2.6 * len(seeds)), layout="constrained")
     grid = figure.subplots(len(seeds), len(algos), squeeze=False, sharex=True, sharey=True)
+    for axes in grid.flat:
+        axes.set_visible(False)
     for (algo, seed), path in found.items():
         axes = grid[seeds.index(seed), algos.index(algo)]
+        axes.set_visible(True)
         rows = list(csv.DictReader(path.open()))
         steps = [int(row["timesteps"]) / 1000 for row in rows]
         for way in range(TASKS[task_name].n_modes):
@@ -384,7 +387,7 @@ def draw_curves(task_name: str, out: Path) -> Path | None:
         axes.set_xlabel("thousand steps")
     for axes in grid[:, 0]:
         axes.set_ylabel("share of episodes")
-    grid[0, 0].legend(fontsize=8)
+    next(axes for axes in grid.flat if axes.get_visible()).legend(fontsize=8)
     picture = out / f"{task_name}_curves.png"
     figure.savefig(picture, dpi=110)
     return picture

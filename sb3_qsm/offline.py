@@ -240,8 +240,10 @@ class OfflineTraining(DiffusionOffPolicyAlgorithm):
         size = buffer.buffer_size
         space: Any = buffer.action_space
         own: Any = self.action_space
-        if not isinstance(space, spaces.Box) or (
-            space.shape == own.shape and not (np.allclose(space.low, own.low) and np.allclose(space.high, own.high))
+        # One with the bounds of what it holds may come from an environment that scales actions, as RescaleAction does
+        scaled = isinstance(space, spaces.Box) and (space.low == -1).all() and (space.high == 1).all()
+        if not isinstance(space, spaces.Box) or not (
+            scaled or space.shape != own.shape or (np.allclose(space.low, own.low) and np.allclose(space.high, own.high))
         ):
             raise ValueError(f"The dataset's actions are those of {space}, the model has {own}")
         order = (np.arange(size) + buffer.pos) % size if buffer.full else np.arange(buffer.pos)
@@ -294,7 +296,8 @@ class OfflineTraining(DiffusionOffPolicyAlgorithm):
             if not np.issubdtype(part.dtype, np.floating):
                 low, high = _integer_bounds(part)
                 # The buffer of the model would cut off fractions, and wrap around what is too large
-                if not ((value >= low) & (value <= high) & (value == np.floor(value))).all():
+                whole = value.dtype.kind != "f" or (value == np.floor(value)).all()
+                if not (whole and len(value) and (value.min(axis=0) >= low).all() and (value.max(axis=0) <= high).all()):
                     raise ValueError(f"The dataset's {name} are not all integers within {part}")
             return value
 
@@ -355,8 +358,10 @@ def _stream(*columns: Any) -> Stream:
     """Steps whose numbers are all finite in single precision, in which they are learned from."""
     for name, values in zip(Stream._fields, columns, strict=True):
         for value in values.values() if isinstance(values, dict) else [values]:
+            if value.dtype.kind in "biu":
+                continue
             with np.errstate(over="ignore"):
-                finite = np.isfinite(np.asarray(value, dtype=np.float32))
+                finite = np.isfinite(value.astype(np.float32, copy=False))
             if not finite.all():
                 raise ValueError(f"The dataset's {name} are not all finite in single precision")
     return Stream(*columns)

@@ -439,6 +439,15 @@ def test_data_that_the_buffer_would_change(policy, episode, message):
     assert model._offline is None
 
 
+def test_buffers_of_scaled_actions_are_taken():
+    model = make_model()
+    buffer = ReplayBuffer(5, BOX, spaces.Box(-1, 1, (2,)), device="cpu")
+    for _ in range(3):
+        buffer.add(np.zeros((1, 3)), np.zeros((1, 3)), np.full((1, 2), 0.5), np.zeros(1), np.zeros(1), [{}])
+    model.load_offline(buffer)
+    np.testing.assert_array_equal(model._offline.buffer.actions, 0.5)
+
+
 def test_a_small_share_is_a_row():
     model = make_model()
     model.load_offline(fill(model, 7, reward=5.0), share=0.01)

@@ -144,12 +144,33 @@ def test_what_is_at_the_path_stays_what_it_was(tmp_path):
     assert pipe.is_fifo()
     write(tmp_path / ("n" * 255), b"long")
     assert (tmp_path / ("n" * 255)).read_bytes() == b"long"
-    # A name that somebody else may have prepared is not followed
-    trap = tmp_path / f".other.{os.getpid()}.tmp"
-    trap.symlink_to(target)
-    write(tmp_path / "other", b"mine")
-    assert target.read_bytes() == b"new"
-    assert not (tmp_path / "other").is_symlink()
+    # 255 bytes, in letters of three
+    write(tmp_path / ("\u4e00" * 85), b"long")
+    with pytest.raises(OSError, match="No space left on device; what was there before is kept: '/dev/full'"):
+        write(Path("/dev/full"), b"x" * 100_000)
+    done = subprocess.run(
+        [sys.executable, "-c", "from tests.test_robustness import *; write(Path('/dev/stdout'), b'piped')"],
+        capture_output=True,
+        check=True,
+        cwd=ROOT,
+    )
+    assert done.stdout == b"piped"
+
+
+def test_a_private_file_is_never_open_to_others(tmp_path):
+    path = tmp_path / "file"
+    path.touch(0o600)
+    with replacing(path) as file:
+        (temporary,) = tmp_path.glob(".file.*.tmp")
+        assert temporary.stat().st_mode & 0o777 == 0o600
+        file.write(b"new")
+
+
+def test_what_another_machine_writes_is_left_alone(tmp_path):
+    foreign = tmp_path / ".file.elsewhere-4194305-00.tmp"
+    foreign.touch()
+    write(tmp_path / "file", b"mine")
+    assert foreign.exists()
 
 
 def test_two_processes_write_the_same_file(tmp_path):
@@ -178,7 +199,7 @@ def test_a_folder_of_the_models_name(tmp_path):
         finally:
             os.replace = real
         assert (tmp_path / f"run.{suffix}").read_bytes() == old
-        assert load(tmp_path / "run").learning_starts == 10
+        assert load(tmp_path / "run").learning_starts == load(f"{tmp_path}/run/").learning_starts == 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.safetensors", "run.zip"]
 
 

@@ -4,6 +4,9 @@ import contextlib
 import glob
 import io
 import os
+import re
+import secrets
+import socket
 import stat
 import zipfile
 import zlib
@@ -12,6 +15,7 @@ from pathlib import Path
 
 #: What :mod:`zipfile` raises for a file that is no archive, or a damaged one
 BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, NotImplementedError, RuntimeError, OSError)
+_HOST = re.sub(r"\W", "_", socket.gethostname())[:40]
 
 
 @contextlib.contextmanager
@@ -25,35 +29,38 @@ def replacing(path: Path) -> Iterator[io.BufferedWriter]:
     :return: Context manager of a binary file
     :raises OSError: if the file cannot be written, for instance because the disk is full; the message names it
     """
-    path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not path.is_file():
-        with open(path, "wb") as file:
-            yield file
-        return
-    # With the process in the name, two that write the same file do not write into each other's; a long name would be too long
-    start = f".{path.name[:100]}"
-    temporary = path.with_name(f"{start}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    _remove_left(path.parent, start)
+    target: Path | None = None
     try:
+        if path.exists() and not path.is_file():
+            with open(path, "wb") as file:
+                yield file
+            return
+        target = Path(os.path.realpath(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Two that write the same file do not write into each other's; a name may be as long as a name can be
+        start = f".{os.fsencode(target.name)[:100].decode(errors='ignore')}.{_HOST}-"
+        _remove_left(target.parent, start)
+        temporary = target.with_name(f"{start}{os.getpid()}-{secrets.token_hex(4)}.tmp")
         with open(temporary, "xb") as file:
+            if target.exists():
+                # Not on every file system
+                with contextlib.suppress(OSError):
+                    os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
-            os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if target is not None:
+            with contextlib.suppress(OSError, UnboundLocalError):
+                temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None and error.errno is not None:
             raise OSError(error.errno, f"{error.strerror}; what was there before is kept", str(path)) from error
         raise
     # The rename itself lives in the folder; the file is in its place also where the folder cannot be flushed
     if hasattr(os, "O_DIRECTORY"):
         with contextlib.suppress(OSError):
-            descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            descriptor = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 os.fsync(descriptor)
             finally:
@@ -61,11 +68,11 @@ def replacing(path: Path) -> Iterator[io.BufferedWriter]:
 
 
 def _remove_left(folder: Path, start: str) -> None:
-    """Remove what killed processes left half written."""
+    """Remove what killed processes of this machine left half written."""
     if os.name != "posix":
         return
-    for left in folder.glob(f"{glob.escape(start)}.*.tmp"):
-        process = left.name.removeprefix(f"{start}.").removesuffix(".tmp")
+    for left in folder.glob(f"{glob.escape(start)}*.tmp"):
+        process = left.name.removeprefix(start).partition("-")[0]
         if process.isdecimal():
             try:
                 os.kill(int(process), 0)

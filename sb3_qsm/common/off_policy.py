@@ -384,7 +384,7 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         """
         if not isinstance(path, io.BufferedIOBase) and pathlib.Path(path).is_dir():
             # As the command line leaves them: the file of a run beside a folder of the same name
-            path = f"{path}.zip"
+            path = pathlib.Path(path).with_name(f"{pathlib.Path(path).name}.zip")
         cls._check_saved_file(path)
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 

@@ -94,7 +94,7 @@ OBJECTS: dict[str, tuple[Callable[..., Any], dict[str, tuple[str, Any]]]] = {
 
 # Integers that every JSON reader keeps, and what would take long before it is compared with the tensors
 _MAX_INTEGER = 2**53
-_LIMITS = {"best_of_n": 10_000, "diffusion_steps": 10_000, "n_critics": 32, "n_envs": 2**16, "buffer_size": 2**27}
+_LIMITS = {"best_of_n": 10_000, "diffusion_steps": 10_000, "n_critics": 100, "n_envs": 2**16, "buffer_size": 2**27}
 _MAX_ITEMS = 2**12
 _MAX_LAYERS = 64
 _LAYERS = ("net_arch", "pi", "qf", "time_arch")
@@ -181,14 +181,12 @@ def save_safe(model: OffPolicyAlgorithm, path: SafePath) -> None:
         "n_envs": model.n_envs,
         "arguments": {name: getattr(model, attributes.get(name, name)) for name in _argument_names(algorithm)},
         # SB3 takes 1e6 for a number of steps
-        "counters": {name: int(getattr(model, name)) for name in _COUNTERS},
+        "counters": {name: _whole(getattr(model, name)) for name in _COUNTERS},
         "progress_remaining": model._current_progress_remaining,
         "episodes": [{key: info[key] for key in "rlt" if key in info} for info in model.ep_info_buffer or ()],
         "successes": [float(success) for success in model.ep_success_buffer or ()],
         "learning_rates": learning_rates,
-        "vec_normalize": _vec_normalize_state(model.get_vec_normalize_env())
-        if model.env is not None
-        else getattr(model, "_loaded_statistics", None),
+        "vec_normalize": _vec_normalize_state(model.get_vec_normalize_env()) or getattr(model, "_loaded_statistics", None),
         "state": {} if state_of is None else state_of(),
     }
     encoded = {name: _encode(value, name, tensors) for name, value in config.items()}
@@ -257,10 +255,12 @@ def load_safe(
         model.set_parameters(_parameters(model, config, tensors, kwargs), exact_match=True, device=device)
         for name in model._get_torch_save_params()[1]:
             recursive_getattr(model, name).data.copy_(tensors[name])
-    if config["vec_normalize"] is not None:
-        if model.env is None:
-            vars(model)["_loaded_statistics"] = config["vec_normalize"]
-        elif not _has_statistics(model.get_vec_normalize_env()):
+    statistics = config["vec_normalize"]
+    if statistics is not None:
+        # For `save_safe` where no environment has any
+        vars(model)["_loaded_statistics"] = statistics
+        here = _vec_normalize_state(model.get_vec_normalize_env())
+        if model.env is not None and (here is None or (_count(statistics) >= 1 > _count(here))):
             warnings.warn(
                 f"{file} holds statistics of VecNormalize, which the environment lacks: wrap it by load_vec_normalize",
                 stacklevel=3,
@@ -268,13 +268,18 @@ def load_safe(
     return model
 
 
-def _has_statistics(env: VecNormalize | None) -> bool:
-    """Whether the environments are normalised by statistics of something."""
-    if env is None or not env.norm_obs:
-        return env is not None
-    found: Any = env.obs_rms
-    # They begin with a fraction of an observation
-    return all(rms.count >= 1 for rms in (found.values() if isinstance(found, dict) else [found]))
+def _whole(number: Any) -> Any:
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+def _count(statistics: dict[str, Any]) -> float:
+    """Number of observations behind the statistics of observations, of rewards if there are none; a fraction at first."""
+    found: Any = statistics.get("obs_rms")
+    if isinstance(found, dict) and "count" not in found:
+        found = next(iter(found.values()), None)
+    found = found or statistics.get("ret_rms")
+    count = found.get("count") if isinstance(found, dict) else None
+    return float(count) if isinstance(count, (int, float)) else 0.0
 
 
 def load_vec_normalize(path: SafePath, venv: VecEnv) -> VecNormalize:

@@ -1,10 +1,10 @@
 """rl_zoo3's experiment manager, with checkpoints, resuming, checks of what the user gave, and studies that survive workers."""
 
+import contextlib
 import difflib
 import inspect
 import math
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterable
@@ -56,6 +56,7 @@ class ZooExperimentManager(ExperimentManager):
 
     run_folder: Path | None = None
     """Folder of the run that goes on"""
+    _made_folder = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._monitor_kwargs: dict[str, Any] = {}
@@ -121,7 +122,7 @@ class ZooExperimentManager(ExperimentManager):
             else:
                 raise UserError(f"actor_learning_rate {rate!r} is none of NUMBER, lin_NUMBER, cosine_NUMBER_DECAYSTEPS")
         rate = hyperparams.get("learning_rate")
-        if isinstance(rate, str) and not re.fullmatch(r"lin_[0-9.e+-]+", rate):
+        if isinstance(rate, str) and not rate.startswith("lin_"):
             # rl_zoo3 takes every word before the underscore for "lin"
             raise UserError(f"learning_rate {rate!r} is none of NUMBER, lin_NUMBER")
         processed: dict[str, Any] = super()._preprocess_schedules(hyperparams)
@@ -146,13 +147,20 @@ class ZooExperimentManager(ExperimentManager):
 
         :return: The model and the hyperparameters to save; None with a study
         """
-        existed = os.path.exists(self.save_path)
         try:
             return super().setup_experiment()
         except BaseException:
-            if not existed:
+            if self._made_folder:
                 shutil.rmtree(self.save_path, ignore_errors=True)
             raise
+
+    def create_log_folder(self) -> None:
+        """Make the run's folder, and know whether it was this process that made it: two that begin together may share one."""
+        os.makedirs(os.path.dirname(self.save_path), exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self.save_path)
+            self._made_folder = True
+        super().create_log_folder()  # type: ignore[no-untyped-call]
 
     def create_callbacks(self) -> None:
         """Add the checkpoints to rl_zoo3's callbacks, last, so that they contain the others' newest state."""
