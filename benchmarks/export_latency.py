@@ -40,7 +40,8 @@ def main() -> None:
     rng = np.random.default_rng(0)
     observation = rng.normal(size=(1, 17))
     latent = rng.normal(size=(1, 6)).astype(np.float32)
-    rows = []
+    # All numbers of steps in turn, so that what else the machine does slows no single one
+    subjects = {}
     for steps in args.steps:
         model = QSM("MlpPolicy", env, buffer_size=1, diffusion_steps=steps, device="cpu")
         chain = rng.normal(size=(steps, 1, 6)).astype(np.float32)
@@ -48,32 +49,32 @@ def main() -> None:
             True: {"observation": observation},
             False: {"observation": observation, "latent": latent, "chain": chain},
         }
-        subjects = {}
         with tempfile.TemporaryDirectory() as folder:
             for deterministic, feed in feeds.items():
                 to_onnx(model, Path(folder) / "policy.onnx", deterministic)
                 session = onnxruntime.InferenceSession(Path(folder) / "policy.onnx", options, ["CPUExecutionProvider"])
-                subjects["onnxruntime", deterministic] = lambda run=session.run, feed=feed: run(None, feed)
-                subjects["predict", deterministic] = lambda model=model, flag=deterministic: model.predict(
+                subjects[steps, "onnxruntime", deterministic] = lambda run=session.run, feed=feed: run(None, feed)
+                subjects[steps, "predict", deterministic] = lambda model=model, flag=deterministic: model.predict(
                     observation, deterministic=flag
                 )
-        for (name, deterministic), times in measure(subjects, args.repetitions, args.rounds).items():
-            low, median, high = statistics.quantiles(times, n=4)
-            row = {
-                "diffusion_steps": steps,
-                "subject": name,
-                "deterministic": deterministic,
-                "median_ms": round(median, 4),
-                "quartile_1_ms": round(low, 4),
-                "quartile_3_ms": round(high, 4),
-                "fastest_ms": round(min(times), 4),
-                "torch": th.__version__,
-                "onnxruntime": onnxruntime.__version__,
-                "cpu": th.cpu.get_capabilities().get("cpu_name", platform.machine()),
-                "note": args.note,
-            }
-            rows.append(row)
-            print(f"T={steps:2} {name:12} deterministic={deterministic!s:5} {median:8.4f} ms", flush=True)
+    rows = []
+    for (steps, name, deterministic), times in measure(subjects, args.repetitions, args.rounds).items():
+        low, median, high = statistics.quantiles(times, n=4)
+        row = {
+            "diffusion_steps": steps,
+            "subject": name,
+            "deterministic": deterministic,
+            "median_ms": round(median, 4),
+            "quartile_1_ms": round(low, 4),
+            "quartile_3_ms": round(high, 4),
+            "fastest_ms": round(min(times), 4),
+            "torch": th.__version__,
+            "onnxruntime": onnxruntime.__version__,
+            "cpu": th.cpu.get_capabilities().get("cpu_name", platform.machine()),
+            "note": args.note,
+        }
+        rows.append(row)
+        print(f"T={steps:2} {name:12} deterministic={deterministic!s:5} {median:8.4f} ms", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "latency.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
