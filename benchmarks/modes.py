@@ -314,6 +314,23 @@ def read_paths(path: Path) -> ModeCounts:
     )
 
 
+def find(task_name: str, out: Path, kind: str) -> tuple[dict[tuple[str, int], Path], list[int], list[str]]:
+    """
+    :param task_name: Name of the task
+    :param out: Folder of the CSVs
+    :param kind: ``"paths"`` or ``"curve"``
+    :return: CSVs of that kind by algorithm and seed; the seeds, the rows of a picture; the algorithms, its columns
+    """
+    found = {
+        (algo, seed): path
+        for algo in ALGORITHMS
+        for seed in SEEDS
+        if (path := out / f"{task_name}_{algo}_{seed}_{kind}.csv").exists()
+    }
+    algos = [algo for algo in ALGORITHMS if any(algo == other for other, _ in found)]
+    return found, sorted({seed for _, seed in found}), algos
+
+
 def draw(task_name: str, out: Path) -> Path | None:
     """
     Draw the paths of a task: a row for each seed, a column for each algorithm.
@@ -322,16 +339,9 @@ def draw(task_name: str, out: Path) -> Path | None:
     :param out: Folder of the CSVs
     :return: The picture, None if there is no finished run
     """
-    found = {
-        (algo, seed): path
-        for algo in ALGORITHMS
-        for seed in SEEDS
-        if (path := out / f"{task_name}_{algo}_{seed}_paths.csv").exists()
-    }
+    found, seeds, algos = find(task_name, out, "paths")
     if not found:
         return None
-    algos = [algo for algo in ALGORITHMS if any(algo == other for other, _ in found)]
-    seeds = sorted({seed for _, seed in found})
     figure = Figure(figsize=(4.3 * len(algos), 3.2 * len(seeds)), layout="compressed")
     grid = figure.subplots(len(seeds), len(algos), squeeze=False)
     env = TASKS[task_name].make_env()
@@ -358,16 +368,9 @@ def draw_curves(task_name: str, out: Path) -> Path | None:
     :param out: Folder of the CSVs
     :return: The picture, None if there is no curve
     """
-    found = {
-        (algo, seed): path
-        for algo in ALGORITHMS
-        for seed in SEEDS
-        if (path := out / f"{task_name}_{algo}_{seed}_curve.csv").exists()
-    }
+    found, seeds, algos = find(task_name, out, "curve")
     if not found:
         return None
-    algos = [algo for algo in ALGORITHMS if any(algo == other for other, _ in found)]
-    seeds = sorted({seed for _, seed in found})
     figure = Figure(figsize=(3.6 * len(algos), 2.6 * len(seeds)), layout="constrained")
     grid = figure.subplots(len(seeds), len(algos), squeeze=False, sharex=True, sharey=True)
     for axes in grid.flat:

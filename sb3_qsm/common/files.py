@@ -29,7 +29,7 @@ def replacing(path: Path) -> Iterator[io.BufferedWriter]:
     :return: Context manager of a binary file
     :raises OSError: if the file cannot be written, for instance because the disk is full; the message names it
     """
-    target: Path | None = None
+    temporary: Path | None = None
     try:
         if path.exists() and not path.is_file():
             with open(path, "wb") as file:
@@ -51,8 +51,8 @@ def replacing(path: Path) -> Iterator[io.BufferedWriter]:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException as error:
-        if target is not None:
-            with contextlib.suppress(OSError, UnboundLocalError):
+        if temporary is not None:
+            with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None and error.errno is not None:
             raise OSError(error.errno, f"{error.strerror}; what was there before is kept", str(path)) from error
