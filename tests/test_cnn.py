@@ -116,18 +116,18 @@ def test_each_critic_gets_the_features_of_its_own_extractor(gradient_critic, mon
     batch = model.replay_buffer.sample(4)
     noise = model._draw_noise(batch)
     seen = {}
-    for name in ("_critic_gradients", "_actor_gradients"):
+    for name in ("_critic_step", "_actor_step"):
         update = getattr(model, name)
         monkeypatch.setattr(model, name, lambda *args, n=name, call=update: seen.setdefault(n, args) and call(*args))
     with th.no_grad():
         expected = model.critic_target.features(batch.next_observations)
         online = model.critic.features(batch.next_observations)
     model._update_critic(batch, noise)
-    assert th.equal(seen["_critic_gradients"][2], expected)
+    assert th.equal(seen["_critic_step"][2], expected)
     assert not th.allclose(expected, online)
     model._update_actor(batch, noise)
     chosen = {"online": [model.critic], "target": [model.critic_target], "both": [model.critic, model.critic_target]}
-    for found, critic in zip(seen["_actor_gradients"][1], chosen[gradient_critic], strict=True):
+    for found, critic in zip(seen["_actor_step"][1], chosen[gradient_critic], strict=True):
         with th.no_grad():
             assert th.allclose(found, critic.features(batch.observations))
 

@@ -254,7 +254,7 @@ def losses(model, behaviour):
     """Loss of the actor on a fixed batch, and what it is made of."""
     th.manual_seed(0)
     model.actor.set_training_mode(True)
-    loss = model._actor_gradients.loss
+    loss = model._actor_step.loss
     actions, features = th.rand(6, 2) * 2 - 1, th.rand(6, 3)
     noise = model._draw_noise(type("Batch", (), {"actions": actions}))
     arguments = (features, [features], actions, noise, th.tensor(1.0), th.tensor(0.1), None, None)

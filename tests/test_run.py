@@ -377,7 +377,7 @@ def test_both_critics_give_the_mean_gradient():
     gradients = {}
     for name, model in models.items():
         features = [observations] * len(model._gradient_critics())
-        gradients[name] = model._actor_gradients.loss.q_gradient(features, actions)
+        gradients[name] = model._actor_step.loss.q_gradient(features, actions)
     assert not th.allclose(gradients["online"], gradients["target"], rtol=0.1)
     th.testing.assert_close(gradients["both"], (gradients["online"] + gradients["target"]) / 2)
 
@@ -445,7 +445,7 @@ def actor_metrics(critics, norm=1.0, attributes=None, **kwargs):
     model = make_filled_model(20, **kwargs)
     for name, value in (attributes or {}).items():
         setattr(model, name, value)
-    model._actor_gradients.loss.critics = nn.ModuleList(critics)
+    model._actor_step.loss.critics = nn.ModuleList(critics)
     model._gradient_critics = lambda: [model.critic] * len(critics)
     model.q_grad_norm.fill_(norm)
     th.manual_seed(3)

@@ -186,13 +186,13 @@ def test_hyperparameters_survive_and_can_be_replaced(tmp_path):
     assert model.policy.best_of_n == 2
     assert model.actor.sampler == "ddim"
     assert model.actor.schedule.name == "vp"
-    assert model._actor_gradients.loss.critics[0] is model.critic
+    assert model._actor_step.loss.critics[0] is model.critic
 
     model = QSM.load(tmp_path / "model", gamma=0.9, sampler="ddpm", best_of_n=3, gradient_critic="target")
     assert model.gamma == 0.9
     assert model.actor.sampler == "ddpm"
     assert model.policy.best_of_n == 3
-    assert model._actor_gradients.loss.critics[0] is model.critic_target
+    assert model._actor_step.loss.critics[0] is model.critic_target
     with pytest.raises(ValueError, match="specified policy kwargs do not equal"):
         QSM.load(tmp_path / "model", policy_kwargs={"net_arch": [8]})
 

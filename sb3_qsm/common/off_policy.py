@@ -174,13 +174,6 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         t = th.randint(steps, shape[:1], device=self.device)
         return UpdateNoise(latent=normal[0], chain=normal[1 : steps + 1], target=normal[-2], eps=normal[-1], t=t)
 
-    @th.no_grad()
-    def _update_target(self, critic: QCritic, critic_target: QCritic) -> None:
-        """Polyak update of target critics; running statistics follow at once, see SB3 issue #996."""
-        th._foreach_lerp_(tuple(critic_target.parameters()), tuple(critic.parameters()), self.tau)
-        for buffer, target_buffer in zip(critic.buffers(), critic_target.buffers(), strict=True):
-            target_buffer.copy_(buffer)
-
     def _check_finite(self, name: str, metrics: Metrics) -> None:
         """
         Stop before a step would destroy the parameters. On a GPU the look would wait for the device, so there it is left to
@@ -202,7 +195,8 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         names = list(dict.fromkeys(name for step in metrics for name in step))
         if not names:
             return
-        means = th.stack([th.stack([step[name] for step in metrics if name in step]).mean() for name in names]).tolist()
+        values = [[step[name] for step in metrics if name in step] for name in names]
+        means = th.stack([each[0] if len(each) == 1 else th.stack(each).mean() for each in values]).tolist()
         for name, mean in zip(names, means, strict=True):
             if name.endswith("loss"):
                 self._require_finite(name, mean)

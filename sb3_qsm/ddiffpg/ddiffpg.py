@@ -26,6 +26,7 @@ from stable_baselines3.common.type_aliases import (
 from torch import nn
 
 from sb3_qsm.common.checks import check_integer
+from sb3_qsm.common.gradient_step import PolyakUpdate
 from sb3_qsm.common.losses import CriticLoss, Metrics, Transitions, UpdateNoise, critic_loss, noise_prediction_loss
 from sb3_qsm.common.off_policy import DiffusionOffPolicyAlgorithm
 from sb3_qsm.common.signals import uninterrupted
@@ -466,7 +467,7 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
             if self.novelty.fitted:
                 metrics.append(self._update_novelty(batch))
             for critic, critic_target in self.policy.group_critics():
-                self._update_target(critic, critic_target)
+                PolyakUpdate(critic, critic_target)(self.tau)
 
         self._log(metrics)
 

@@ -38,7 +38,7 @@ class CpuPass(CustomGraphPass):
         for node in list(graph.nodes):
             if node.target is th.ops.aten.rsqrt.default:
                 self._keep(graph, node)
-            elif self.onednn and node.target is th.ops.aten.mm.default:
+            elif self.onednn and node.target is th.ops.aten.mm.default and node.args[0].meta["val"].shape[1] > 1:
                 a, b = node.args
                 self._replace(graph, node, a, b, None)
             elif (
@@ -49,6 +49,11 @@ class CpuPass(CustomGraphPass):
             ):
                 bias, a, b = node.args
                 self._replace(graph, node, a, b, bias)
+            elif node.target is th.ops.aten.mm.default and node.args[0].meta["val"].shape[1] == 1:
+                self._outer(graph, node)
+        for node in list(graph.nodes):
+            if node.target is th.ops.aten.addmm.default and not node.kwargs and node.meta["val"].device.type == "cpu":
+                self._split(graph, node)
 
     @staticmethod
     def _keep(graph: Graph, node: Node) -> None:
@@ -60,6 +65,33 @@ class CpuPass(CustomGraphPass):
             kept = graph.call_function(th.ops.prims.inductor_force_stride_order.default, (node, list(value.stride())))
         kept.meta["val"] = value
         node.replace_all_uses_with(kept, delete_user_cb=lambda user: user is not kept)
+
+    @staticmethod
+    def _outer(graph: Graph, node: Node) -> None:
+        """Have an outer product as a multiplication, which is fused with what follows."""
+        if node.meta["val"].device.type != "cpu":
+            return
+        with graph.inserting_before(node):
+            product = graph.call_function(th.ops.aten.mul.Tensor, node.args)
+            product.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(product)
+        graph.erase_node(node)
+
+    @staticmethod
+    def _split(graph: Graph, node: Node) -> None:
+        """
+        Have an addition after the product instead of in it: it is fused with what follows, where the product itself would first
+        copy what is added to every row of its result.
+        """
+        shift, a, b = node.args
+        value = node.meta["val"]
+        with graph.inserting_before(node):
+            product = graph.call_function(th.ops.aten.mm.default, (a, b))
+            product.meta["val"] = value
+            total = graph.call_function(th.ops.aten.add.Tensor, (product, shift))
+            total.meta["val"] = value
+        node.replace_all_uses_with(total)
+        graph.erase_node(node)
 
     def _replace(self, graph: Graph, node: Node, a: Node, b: Node, bias: Node | None) -> None:
         """Have oneDNN compute a @ b + bias, if that is worth a call."""
@@ -112,4 +144,9 @@ def _guards(guards: Sequence[Any]) -> list[bool]:
 
 def options() -> dict[str, Any]:
     """Options of ``torch.compile`` for the updates."""
-    return {"guard_filter_fn": _guards, "post_grad_custom_post_pass": CpuPass(prefers_onednn())}
+    return {
+        "guard_filter_fn": _guards,
+        "post_grad_custom_post_pass": CpuPass(prefers_onednn()),
+        # The calls of the kernels in C++ too: there are about a hundred in an update
+        "cpp_wrapper": True,
+    }

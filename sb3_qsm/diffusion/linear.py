@@ -1,5 +1,5 @@
 """
-Linear layers that take the faster of PyTorch's two matrix libraries.
+Linear layers that take the faster of PyTorch's two matrix libraries, and under autocast the faster precision.
 
 PyTorch multiplies float32 matrices with Intel's MKL, which leaves half of the speed of AMD processors with AVX-512 unused;
 oneDNN, which PyTorch ships beside it, does not (``benchmarks/results/speed/techniques.md``). Its operator is the one that
@@ -18,6 +18,8 @@ from torch import nn
 #: Below these sizes the call costs more than the product
 MIN_ROWS = 16
 MIN_WEIGHTS = 1024
+#: Rows, inputs or outputs below which a product with bfloat16 operands takes longer than in float32, conversions included
+MIN_BF16 = 32
 
 
 @cache
@@ -66,9 +68,34 @@ class _OneDnnLinear(th.autograd.Function):
         )
 
 
+def _too_small_for_bf16(x: th.Tensor, weight: th.Tensor) -> bool:
+    """Whether autocast is on and would make the product slower."""
+    return (
+        x.device.type == "cpu"
+        and th.is_autocast_enabled("cpu")
+        and weight.dtype == th.float32
+        and min(x.shape[0], *weight.shape) < MIN_BF16
+    )
+
+
+def addmm(shift: th.Tensor, x: th.Tensor, weight: th.Tensor) -> th.Tensor:
+    """
+    The same function as :func:`torch.addmm`; under autocast in float32 where the product is small.
+
+    :param shift: What is added, shape ``(batch, out)``
+    :param x: Input, shape ``(batch, in)``
+    :param weight: Transposed weight, shape ``(in, out)``
+    :return: ``shift + x @ weight``
+    """
+    if _too_small_for_bf16(x, weight):
+        with th.autocast("cpu", enabled=False):
+            return th.addmm(shift.float(), x.float(), weight)
+    return th.addmm(shift, x, weight)
+
+
 def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None = None) -> th.Tensor:
     """
-    The same function as :func:`torch.nn.functional.linear`.
+    The same function as :func:`torch.nn.functional.linear`; under autocast in float32 where the product is small.
 
     :param x: Input, shape ``(batch, in)``
     :param weight: Weight, shape ``(out, in)``
@@ -89,6 +116,9 @@ def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None = None) -> th
         if th.is_grad_enabled():
             return _OneDnnLinear.apply(x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
         return _matmul(x, weight, bias)
+    if _too_small_for_bf16(x, weight):
+        with th.autocast("cpu", enabled=False):
+            return linear(x.float(), weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -103,5 +133,7 @@ class Linear(nn.Linear):
         :param rows: Size of the batches to come
         :return: The layer as a function that does not choose a library again at every call
         """
-        function = F.linear if th.compiler.is_compiling() or rows < MIN_ROWS else linear
+        # The number of rows is asked for last: it may be a symbol while a graph is made
+        plain = not th.is_autocast_enabled("cpu") and (th.compiler.is_compiling() or rows < MIN_ROWS)
+        function = F.linear if plain else linear
         return partial(function, weight=self.weight, bias=self.bias)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch as th
 from torch import nn
 
-from sb3_qsm.diffusion.linear import MIN_ROWS, Linear, linear
+from sb3_qsm.diffusion.linear import MIN_ROWS, Linear, addmm, linear
 
 
 def xavier_init(module: nn.Module) -> None:
@@ -148,7 +148,7 @@ class ScoreNetwork(nn.Module):
         :param shift: Sum of the context and the time's share, shape ``(batch, width)``
         :return: Predicted noise, shape ``(batch, action_dim)``
         """
-        hidden: th.Tensor = self.trunk(th.addmm(shift, actions, self.input_layer.weight[:, : self.action_dim].t()))
+        hidden: th.Tensor = self.trunk(addmm(shift, actions, self.input_layer.weight[:, : self.action_dim].t()))
         return hidden
 
     def denoiser(self, features: th.Tensor, steps: th.Tensor) -> Callable[[th.Tensor, int], th.Tensor]:
@@ -170,7 +170,7 @@ class ScoreNetwork(nn.Module):
         layers = [layer.bind(features.shape[0]) if isinstance(layer, Linear) else layer.forward for layer in self.trunk]
 
         def predict_noise(x: th.Tensor, t: int) -> th.Tensor:
-            hidden = th.addmm(shifts[t], x, weight) if few else th.addmm(context, x, weight).add_(shifts[t])
+            hidden = th.addmm(shifts[t], x, weight) if few else addmm(context, x, weight).add_(shifts[t])
             for layer in layers:
                 hidden = layer(hidden)
             return hidden

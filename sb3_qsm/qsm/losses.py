@@ -7,13 +7,11 @@ They are modules so that the networks are found by name: ordinary autograd diffe
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch as th
 from torch import nn
 
 from sb3_qsm.common.losses import Metrics, UpdateNoise, action_gradient, noise_prediction_loss
-from sb3_qsm.common.performance import autocast, compile_update
 from sb3_qsm.common.policies import DiffusionActor, QCritic
 from sb3_qsm.qsm.targets import (
     CRITIC_REDUCTIONS,
@@ -115,51 +113,3 @@ class ActorLoss(nn.Module):
             "score_target": eps_target.abs().mean(),
             "q_grad_norm": q_grad_norm,
         }
-
-
-class Gradients:
-    """
-    Gradients of a loss module in the parameters of an optimizer, eager or compiled.
-
-    :param loss: :class:`CriticLoss` or :class:`ActorLoss`
-    :param optimizer: Optimizer that holds the parameters
-    :param compiled: Whether to compile loss and gradient into one graph; the features then must not carry a gradient
-    :param precision: One of :data:`sb3_qsm.common.performance.PRECISIONS`
-    """
-
-    def __init__(
-        self, loss: nn.Module, optimizer: th.optim.Optimizer, compiled: bool = False, precision: str = "float32"
-    ) -> None:
-        self.loss = loss
-        self.precision = precision
-        wanted = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        self.parameters = {name: parameter for name, parameter in loss.named_parameters() if id(parameter) in wanted}
-        self.device = next(iter(self.parameters.values())).device
-        self.function = compile_update(self._functional) if compiled else self._autograd
-
-    def _autograd(self, parameters: dict[str, th.Tensor], *args: Any) -> tuple[dict[str, th.Tensor], Metrics]:
-        with autocast(self.device, self.precision):
-            loss, metrics = self.loss(*args)
-        gradients = th.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        return dict(zip(parameters, gradients, strict=True)), metrics
-
-    def _functional(self, parameters: dict[str, th.Tensor], *args: Any) -> tuple[dict[str, th.Tensor], Metrics]:
-        def loss(parameters: dict[str, th.Tensor]) -> Any:
-            with autocast(self.device, self.precision):
-                return th.func.functional_call(self.loss, parameters, args)
-
-        # One graph with the backward pass in it: nothing is saved between the two passes
-        gradients, metrics = th.func.grad(loss, has_aux=True)(parameters)
-        return gradients, metrics
-
-    def __call__(self, *args: Any) -> Metrics:
-        """
-        Put the gradients of the loss in ``parameter.grad``.
-
-        :param args: Arguments of the loss
-        :return: Metrics of the loss
-        """
-        gradients, metrics = self.function(dict(self.parameters), *args)
-        for name, parameter in self.parameters.items():
-            parameter.grad = gradients[name]
-        return metrics

@@ -16,12 +16,13 @@ from stable_baselines3.common.type_aliases import (
 from torch import nn
 
 from sb3_qsm.common.buffers import replay_buffer_for
+from sb3_qsm.common.gradient_step import GradientStep, PolyakUpdate
 from sb3_qsm.common.losses import CriticLoss, Metrics, Transitions, UpdateNoise
 from sb3_qsm.common.performance import check_compiler, check_precision
 from sb3_qsm.common.policies import DiffusionPolicy, QCritic, check_sampling_steps
 from sb3_qsm.common.safe import OBJECTS
 from sb3_qsm.offline import OfflineTraining
-from sb3_qsm.qsm.losses import ActorLoss, Gradients
+from sb3_qsm.qsm.losses import ActorLoss
 from sb3_qsm.qsm.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_qsm.qsm.targets import CRITIC_REDUCTIONS, SCORE_TARGETS
 
@@ -331,15 +332,21 @@ class QSM(OfflineTraining):
         self.actor.precision = self.precision
         # Running mean of |grad_a Q|; 0 until the first actor update
         self.q_grad_norm = th.zeros((), device=self.device)
-        self._critic_gradients = Gradients(
-            CriticLoss(self.actor, self.critic, self.critic_target), self.critic.optimizer, self.compile, self.precision
+        self._critic_step = GradientStep(
+            CriticLoss(self.actor, self.critic, self.critic_target),
+            "critic_loss",
+            self.critic.optimizer,
+            self.compile,
+            self.precision,
         )
-        self._actor_gradients = Gradients(
+        self._actor_step = GradientStep(
             ActorLoss(self.actor, self._gradient_critics(), self.score_target, self.critic_reduction, self.prior_std),
+            "actor_loss",
             self.actor.optimizer,
             self.compile,
             self.precision,
         )
+        self._target_update = PolyakUpdate(self.critic, self.critic_target)
 
     def _gradient_critics(self) -> list[QCritic]:
         """The critics whose action gradient the actor follows."""
@@ -370,7 +377,7 @@ class QSM(OfflineTraining):
             if self._n_updates % self.policy_delay == 0:
                 metrics.append(self._update_actor(self._actor_batch(batch, next_actions), noise))
             if self._n_updates % self.target_update_interval == 0:
-                self._update_target(self.critic, self.critic_target)
+                self._target_update(self.tau)
 
         self._log(metrics)
 
@@ -393,7 +400,7 @@ class QSM(OfflineTraining):
         with th.no_grad():
             actor_next_features = self.actor.features(batch.next_observations)
             critic_next_features = self.critic_target.features(batch.next_observations)
-        metrics = self._critic_gradients(
+        metrics = self._critic_step(
             features,
             actor_next_features,
             critic_next_features,
@@ -403,7 +410,6 @@ class QSM(OfflineTraining):
             th.tensor(float(self.target_policy_noise), device=self.device) if self.target_policy_noise else None,
         )
         self._check_finite("critic_loss", metrics)
-        self.critic.optimizer.step()
         next_actions = metrics.pop("next_actions")
         return metrics, next_actions
 
@@ -414,7 +420,7 @@ class QSM(OfflineTraining):
             critic_features = [critic.features(batch.observations) for critic in self._gradient_critics()]
         clip = self.q_grad_clip if self.q_grad_coef is None else None
         behaviour = self._behaviour()
-        metrics = self._actor_gradients(
+        metrics = self._actor_step(
             features,
             critic_features,
             batch.actions,
@@ -426,7 +432,6 @@ class QSM(OfflineTraining):
             None if behaviour is None else th.tensor(behaviour, device=self.device),
         )
         self._check_finite("actor_loss", metrics)
-        self.actor.optimizer.step()
         self.q_grad_norm.copy_(metrics.pop("q_grad_norm"))
         return metrics
 
@@ -455,8 +460,9 @@ class QSM(OfflineTraining):
     def _excluded_save_params(self) -> list[str]:
         return [
             *super()._excluded_save_params(),
-            "_critic_gradients",
-            "_actor_gradients",
+            "_critic_step",
+            "_actor_step",
+            "_target_update",
         ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

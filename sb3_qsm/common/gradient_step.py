@@ -1,0 +1,185 @@
+"""A step of an optimizer on a loss, eager or compiled."""
+
+import math
+from typing import Any
+
+import torch as th
+from torch import nn
+
+from sb3_qsm.common.losses import Metrics
+from sb3_qsm.common.performance import autocast, compile_update
+
+Tensors = dict[str, th.Tensor]
+
+
+def adam_scalars(step: th.Tensor, learning_rate: float, betas: tuple[float, float], epsilon: float) -> th.Tensor:
+    r"""
+    What Adam's update has in common for all parameters (arXiv 1412.6980, Algorithm 1), computed in double precision.
+
+    :param step: Number of this step, from 1, a scalar
+    :param learning_rate: Learning rate
+    :param betas: :math:`\beta_1` and :math:`\beta_2`
+    :param epsilon: Term added to the root for stability
+    :return: Weights of the gradient and of its square in their running means, correction of the latter, step size, epsilon
+    """
+    # On a GPU a number would have to be waited for
+    count: Any = step.item() if step.device.type == "cpu" else step.double()
+    weight1, weight2 = (1.0 - beta for beta in betas)
+    correction1, correction2 = (1.0 - beta**count for beta in betas)
+    scalars = [weight1, weight2, 1.0 / correction2, learning_rate / correction1, epsilon]
+    return th.stack([th.as_tensor(scalar, dtype=th.float32, device=step.device) for scalar in scalars])
+
+
+def adam_update(
+    parameter: th.Tensor, gradient: th.Tensor, mean: th.Tensor, square: th.Tensor, scalars: th.Tensor
+) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    """
+    One step of Adam on one parameter (arXiv 1412.6980, Algorithm 1).
+
+    :param parameter: The parameter
+    :param gradient: Its gradient
+    :param mean: Running mean of the gradient
+    :param square: Running mean of its square
+    :param scalars: See :func:`adam_scalars`
+    :return: New parameter and running means
+    """
+    weight1, weight2, correction2, step_size, epsilon = scalars.unbind()
+    mean = mean + weight1 * (gradient - mean)
+    square = square + weight2 * (gradient * gradient - square)
+    return parameter - step_size * mean / ((square * correction2).sqrt() + epsilon), mean, square
+
+
+class GradientStep:
+    """
+    A loss, its gradient in the parameters of an optimizer and the step of the optimizer. A loss that is not finite leaves the
+    parameters as they are, on the CPU and where the step is compiled.
+
+    Compiled, loss and gradient are one graph, and with Adam the step is in it too; another optimizer does its own. The features
+    must not carry a gradient then.
+
+    :param loss: Module that returns the loss and metrics
+    :param name: Name of the loss in the metrics
+    :param optimizer: Optimizer that holds the parameters
+    :param compiled: Whether to compile
+    :param precision: One of :data:`sb3_qsm.common.performance.PRECISIONS`
+    """
+
+    def __init__(
+        self, loss: nn.Module, name: str, optimizer: th.optim.Optimizer, compiled: bool = False, precision: str = "float32"
+    ) -> None:
+        self.loss, self.name, self.optimizer = loss, name, optimizer
+        self.compiled, self.precision = compiled, precision
+        wanted = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        self.parameters = {name: parameter for name, parameter in loss.named_parameters() if id(parameter) in wanted}
+        self.device = next(iter(self.parameters.values())).device
+        self.gradients = compile_update(self._functional) if compiled else self._autograd
+        self.adam = compile_update(self._adam)
+
+    def _autograd(self, parameters: Tensors, *args: Any) -> tuple[Tensors, Metrics]:
+        with autocast(self.device, self.precision):
+            loss, metrics = self.loss(*args)
+        gradients = th.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        return dict(zip(parameters, gradients, strict=True)), metrics
+
+    def _functional(self, parameters: Tensors, *args: Any) -> tuple[Tensors, Metrics]:
+        def loss(parameters: Tensors) -> Any:
+            with autocast(self.device, self.precision):
+                return th.func.functional_call(self.loss, parameters, args)
+
+        # One graph with the backward pass in it: nothing is saved between the two passes
+        gradients, metrics = th.func.grad(loss, has_aux=True)(parameters)
+        return gradients, metrics
+
+    def _adam(
+        self, parameters: Tensors, means: Tensors, squares: Tensors, scalars: th.Tensor, *args: Any
+    ) -> Metrics:
+        gradients, metrics = self._functional(parameters, *args)
+        finite = metrics[self.name].isfinite()
+        for name, parameter in parameters.items():
+            old = (parameter, means[name], squares[name])
+            new = adam_update(parameter, gradients[name], means[name], squares[name], scalars)
+            for tensor, value in zip(old, new, strict=True):
+                tensor.copy_(th.where(finite, value, tensor))
+        return metrics
+
+    def __call__(self, *args: Any) -> Metrics:
+        """
+        Do the step.
+
+        :param args: Arguments of the loss
+        :return: Metrics of the loss
+        """
+        if self.compiled and is_plain_adam(self.optimizer):
+            states = {name: adam_state(self.optimizer, parameter) for name, parameter in self.parameters.items()}
+            means, squares = ({name: state[key] for name, state in states.items()} for key in ("exp_avg", "exp_avg_sq"))
+            steps = [state["step"] for state in states.values()]
+            (group,) = self.optimizer.param_groups
+            scalars = adam_scalars(steps[0] + 1, group["lr"], group["betas"], group["eps"])
+            metrics: Metrics = self.adam(dict(self.parameters), means, squares, scalars, *args)
+            if self._finite(metrics):
+                th._foreach_add_(steps, 1)
+            return metrics
+        gradients, metrics = self.gradients(dict(self.parameters), *args)
+        for name, parameter in self.parameters.items():
+            parameter.grad = gradients[name]
+        if self._finite(metrics):
+            self.optimizer.step()
+        return metrics
+
+    def _finite(self, metrics: Metrics) -> bool:
+        """Whether the loss is finite. On a GPU the look would wait for the device, so there it counts as such."""
+        return self.device.type != "cpu" or math.isfinite(metrics[self.name].item())
+
+
+def is_plain_adam(optimizer: th.optim.Optimizer) -> bool:
+    """
+    :param optimizer: An optimizer
+    :return: Whether it is Adam of one group with none of PyTorch's additions, and nothing else happens at its steps
+    """
+    if type(optimizer) is not th.optim.Adam or len(optimizer.param_groups) != 1:
+        return False
+    (group,) = optimizer.param_groups
+    additions = ("amsgrad", "maximize", "weight_decay", "differentiable")
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    return not any(group[name] for name in additions) and not any(hooks)
+
+
+def adam_state(optimizer: th.optim.Optimizer, parameter: th.Tensor) -> dict[str, Any]:
+    """
+    :param optimizer: Adam
+    :param parameter: One of its parameters
+    :return: Its state, made as Adam's first step makes it
+    """
+    state: dict[str, Any] = optimizer.state[parameter]
+    if not state:
+        group = optimizer.param_groups[0]
+        device = parameter.device if group["fused"] or group["capturable"] else th.device("cpu")
+        state["step"] = th.zeros((), dtype=th.float32, device=device)
+        state["exp_avg"] = th.zeros_like(parameter, memory_format=th.preserve_format)
+        state["exp_avg_sq"] = th.zeros_like(parameter, memory_format=th.preserve_format)
+    return state
+
+
+class PolyakUpdate:
+    """
+    Polyak update of a target network; running statistics follow at once, see SB3 issue #996.
+
+    :param network: The network
+    :param target: Its target network
+    """
+
+    def __init__(self, network: nn.Module, target: nn.Module) -> None:
+        # Looked up once: that takes longer than the update
+        self.parameters, self.targets = list(network.parameters()), list(target.parameters())
+        self.buffers = list(zip(network.buffers(), target.buffers(), strict=True))
+
+    @th.no_grad()
+    def __call__(self, tau: float) -> None:
+        """
+        Do it.
+
+        :param tau: Weight of the network's parameters, between 0 and 1
+        """
+        th._foreach_lerp_(self.targets, self.parameters, tau)
+        for buffer, target_buffer in self.buffers:
+            target_buffer.copy_(buffer)
