@@ -365,8 +365,7 @@ def test_factored_network_is_the_plain_one_and_t_matters() -> None:
     for net_arch in ([32, 16], [8], []):
         network = ScoreNetwork(5, 3, net_arch, layer_norm=bool(net_arch))
         features, actions, t = th.randn(64, 5), th.randn(64, 3), th.randint(10, (64,))
-        table = network.time_table(th.arange(10))
-        factored = network.denoise(actions, network.context(features) + table[t])
+        factored = network.factored(features, actions, t, th.arange(10))
         th.testing.assert_close(factored, network(features, actions, t), rtol=1e-4, atol=1e-5)
         assert not th.allclose(factored, network(features, actions, (t + 1) % 10), atol=1e-3)
 

@@ -178,9 +178,7 @@ class DiffusionActor(BasePolicy):
         :param t: Diffusion steps in 0..T-1, int64, shape ``(batch,)``
         :return: Predicted noise, shape ``(batch, action_dim)``
         """
-        # The embedding of time is computed for the T steps there are, not for every element of the batch
-        time = nn.functional.embedding(t, self.score_network.time_table(self.steps))
-        return self.score_network.denoise(actions, self.score_network.context(features) + time).float()
+        return self.score_network.factored(features, actions, t, self.steps).float()
 
     def sample(
         self, features: th.Tensor, x_last: th.Tensor, noise: th.Tensor | None, sampling_steps: int | None = None

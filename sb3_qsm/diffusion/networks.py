@@ -68,8 +68,7 @@ class ScoreNetwork(nn.Module):
     join the noised action and the features of the observation at the input of the trunk (the official QSM network).
 
     The shares of the observation and of the time in the trunk's first layer do not depend on the noised action, so that a
-    sampler computes the first once per call (:meth:`context`) and reads the second from a table of T rows
-    (:meth:`time_table`). ``forward`` is the same function.
+    sampler computes the first once per call and reads the second from a table of T rows (:meth:`denoiser`).
 
     :param features_dim: Size of the features of the observation
     :param action_dim: Size of the action
@@ -104,20 +103,21 @@ class ScoreNetwork(nn.Module):
         self.trunk = nn.Sequential(*others)
         self._time_cache: tuple[list[tuple[int, int]], list[th.Tensor], th.Tensor] | None = None
 
-    def context(self, features: th.Tensor) -> th.Tensor:
+    def shares(self) -> tuple[th.Tensor, ...]:
         """
-        :param features: Features of the observation, shape ``(batch, features_dim)``
-        :return: Their share in the first layer, bias included, shape ``(batch, width)``
+        :return: Parts of the first layer's weight: the noised action's, the observation's and the time's, shape ``(width, n)``
         """
-        start, end = self.action_dim, self.action_dim + self.features_dim
-        return linear(features, self.input_layer.weight[:, start:end], self.input_layer.bias)
+        time_dim = self.input_layer.in_features - self.action_dim - self.features_dim
+        # One split: the gradients of slices would each be filled up with zeros and added
+        return self.input_layer.weight.split([self.action_dim, self.features_dim, time_dim], dim=1)
 
-    def time_table(self, t: th.Tensor) -> th.Tensor:
+    def time_table(self, t: th.Tensor, weight: th.Tensor) -> th.Tensor:
         """
         :param t: Diffusion steps, shape ``(n,)``
+        :param weight: The time's part of the first layer's weight
         :return: Their share in the first layer, shape ``(n, width)``
         """
-        return linear(self.time_mlp(self.fourier(t)), self.input_layer.weight[:, self.action_dim + self.features_dim :])
+        return linear(self.time_mlp(self.fourier(t)), weight)
 
     def _caches(self, features: th.Tensor) -> bool:
         """Whether the table is worth keeping, and a plain tensor of parameters that count their changes."""
@@ -128,7 +128,7 @@ class ScoreNetwork(nn.Module):
             and not self.input_layer.weight.is_inference()
         )
 
-    def _cached_time_table(self, steps: th.Tensor) -> th.Tensor:
+    def _cached_time_table(self, steps: th.Tensor, weight: th.Tensor) -> th.Tensor:
         """:meth:`time_table`, from the last call if nothing in it has changed since."""
         layer = self.input_layer
         parameters = [steps, self.fourier.weight, *self.time_mlp.parameters(), layer.weight, layer.bias]
@@ -137,19 +137,25 @@ class ScoreNetwork(nn.Module):
         # that the values of the vectors among them give them away; the layer's bias is one even if there is no other
         vectors = [parameter for parameter in parameters if parameter.dim() == 1]
         if self._time_cache is None or key != self._time_cache[0] or not all(map(th.equal, vectors, self._time_cache[1])):
-            self._time_cache = key, [vector.clone() for vector in vectors], self.time_table(steps)
+            self._time_cache = key, [vector.clone() for vector in vectors], self.time_table(steps, weight)
         return self._time_cache[2]
 
-    def denoise(self, actions: th.Tensor, shift: th.Tensor) -> th.Tensor:
+    def factored(self, features: th.Tensor, actions: th.Tensor, t: th.Tensor, steps: th.Tensor) -> th.Tensor:
         """
-        Evaluate the network for given shares of the observation and of the time.
+        The same function as :meth:`forward`, with the embedding of time computed for the steps there are, not for every element
+        of the batch.
 
+        :param features: Features of the observation, shape ``(batch, features_dim)``
         :param actions: Noised actions, shape ``(batch, action_dim)``
-        :param shift: Sum of the context and the time's share, shape ``(batch, width)``
+        :param t: Diffusion steps, int64, shape ``(batch,)``
+        :param steps: All diffusion steps 0..T-1, int64
         :return: Predicted noise, shape ``(batch, action_dim)``
         """
-        hidden: th.Tensor = self.trunk(addmm(shift, actions, self.input_layer.weight[:, : self.action_dim].t()))
-        return hidden
+        action_weight, features_weight, time_weight = self.shares()
+        context = linear(features, features_weight, self.input_layer.bias)
+        shift = context + nn.functional.embedding(t, self.time_table(steps, time_weight))
+        predicted: th.Tensor = self.trunk(addmm(shift, actions, action_weight.t()))
+        return predicted
 
     def denoiser(self, features: th.Tensor, steps: th.Tensor) -> Callable[[th.Tensor, int], th.Tensor]:
         """
@@ -160,12 +166,14 @@ class ScoreNetwork(nn.Module):
         :return: Function from noised actions and the step, a Python integer, to the predicted noise
         """
         # For a few observations the table is a sixth of the work of acting
-        table = self._cached_time_table(steps) if self._caches(features) else self.time_table(steps)
-        context = self.context(features)
+        action_weight, features_weight, time_weight = self.shares()
+        make_table = self._cached_time_table if self._caches(features) else self.time_table
+        table = make_table(steps, time_weight)
+        context = linear(features, features_weight, self.input_layer.bias)
         # For a few observations one operation for all steps; for many that would be a large matrix to write and to read again
         few = not th.compiler.is_compiling() and features.shape[0] < MIN_ROWS
         shifts = (table.unsqueeze(1) + context).unbind() if few else table.unbind()
-        weight = self.input_layer.weight[:, : self.action_dim].t()
+        weight = action_weight.t()
         # Called without the look for hooks that a module does first: it costs as much as a small product
         layers = [layer.bind(features.shape[0]) if isinstance(layer, Linear) else layer.forward for layer in self.trunk]
 
