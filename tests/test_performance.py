@@ -10,7 +10,7 @@ from stable_baselines3.common.envs import IdentityEnvBox
 
 from sb3_qsm import QSM
 from sb3_qsm.common.performance import check_precision, has_bf16
-from sb3_qsm.diffusion.linear import prefers_onednn
+from sb3_qsm.diffusion.linear import addmm, linear, prefers_onednn
 
 needs_bf16 = pytest.mark.skipif(not has_bf16(th.device("cpu")), reason="the processor has no bfloat16 instructions")
 
@@ -131,6 +131,40 @@ def test_reciprocal_square_roots_of_a_graph_are_kept():
             assert [user.target for user in node.users] == [th.ops.prims.inductor_force_stride_order.default]
     for actual, expected in zip(graph(x), (x.rsqrt() * 2.0, x.rsqrt() + x), strict=True):
         th.testing.assert_close(actual, expected)
+
+
+def test_additions_and_outer_products_of_a_graph_are_left_to_be_fused():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from sb3_qsm.diffusion.inductor import CpuPass
+
+    generator = th.Generator().manual_seed(0)
+    shapes = (8, 6), (4, 6), (4,), (8, 4), (8, 1)
+    x, weight, bias, shift, column = (th.randn(*shape, generator=generator) for shape in shapes)
+
+    def function(x, weight, bias, shift, column):
+        return th.addmm(bias, x, weight.t()), th.addmm(shift, x, weight.t()), column @ bias.unsqueeze(0)
+
+    graph = make_fx(function, tracing_mode="fake")(x, weight, bias, shift, column)
+    CpuPass(onednn=False)(graph.graph)
+    graph.graph.lint()
+    graph.recompile()
+    targets = [node.target for node in graph.graph.nodes]
+    assert targets.count(th.ops.aten.mm.default) == 2 and th.ops.aten.addmm.default not in targets
+    found, expected = (f(x, weight, bias, shift, column) for f in (graph, function))
+    for actual, wanted in zip(found, expected, strict=True):
+        th.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(64, 64, 64), (64, 8, 64), (64, 64, 8), (8, 64, 64)])
+def test_small_products_stay_in_float32_under_bf16(rows, inputs, outputs):
+    x, weight, bias = th.randn(rows, inputs), th.randn(outputs, inputs), th.randn(outputs)
+    with th.autocast("cpu", dtype=th.bfloat16):
+        products = linear(x.bfloat16(), weight, bias), addmm(bias.expand(rows, -1), x, weight.t())
+    small = min(rows, inputs, outputs) < 32
+    assert {product.dtype for product in products} == {th.float32 if small else th.bfloat16}
+    if small:
+        th.testing.assert_close(products[1], x @ weight.t() + bias)
 
 
 @needs_bf16

@@ -54,8 +54,8 @@ class GradientStep:
     A loss, its gradient in the parameters of an optimizer and the step of the optimizer. A loss that is not finite leaves the
     parameters as they are, on the CPU and where the step is compiled.
 
-    Compiled, loss and gradient are one graph, and with Adam the step is in it too; another optimizer does its own. The features
-    must not carry a gradient then.
+    Compiled, loss and gradient are one graph, and with Adam the step is in it too; another optimizer does its own. The
+    features must not carry a gradient then.
 
     :param loss: Module that returns the loss and metrics
     :param name: Name of the loss in the metrics
@@ -68,12 +68,12 @@ class GradientStep:
         self, loss: nn.Module, name: str, optimizer: th.optim.Optimizer, compiled: bool = False, precision: str = "float32"
     ) -> None:
         self.loss, self.name, self.optimizer = loss, name, optimizer
-        self.compiled, self.precision = compiled, precision
+        self.precision = precision
         wanted = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self.parameters = {name: parameter for name, parameter in loss.named_parameters() if id(parameter) in wanted}
         self.device = next(iter(self.parameters.values())).device
         self.gradients = compile_update(self._functional) if compiled else self._autograd
-        self.adam = compile_update(self._adam)
+        self.adam = compile_update(self._adam) if compiled else None
 
     def _autograd(self, parameters: Tensors, *args: Any) -> tuple[Tensors, Metrics]:
         with autocast(self.device, self.precision):
@@ -90,9 +90,7 @@ class GradientStep:
         gradients, metrics = th.func.grad(loss, has_aux=True)(parameters)
         return gradients, metrics
 
-    def _adam(
-        self, parameters: Tensors, means: Tensors, squares: Tensors, scalars: th.Tensor, *args: Any
-    ) -> Metrics:
+    def _adam(self, parameters: Tensors, means: Tensors, squares: Tensors, scalars: th.Tensor, *args: Any) -> Metrics:
         gradients, metrics = self._functional(parameters, *args)
         finite = metrics[self.name].isfinite()
         for name, parameter in parameters.items():
@@ -109,7 +107,7 @@ class GradientStep:
         :param args: Arguments of the loss
         :return: Metrics of the loss
         """
-        if self.compiled and is_plain_adam(self.optimizer):
+        if self.adam is not None and is_plain_adam(self.optimizer):
             states = {name: adam_state(self.optimizer, parameter) for name, parameter in self.parameters.items()}
             means, squares = ({name: state[key] for name, state in states.items()} for key in ("exp_avg", "exp_avg_sq"))
             steps = [state["step"] for state in states.values()]
@@ -170,7 +168,7 @@ class PolyakUpdate:
 
     def __init__(self, network: nn.Module, target: nn.Module) -> None:
         # Looked up once: that takes longer than the update
-        self.parameters, self.targets = list(network.parameters()), list(target.parameters())
+        self.parameters, self.targets = tuple(network.parameters()), tuple(target.parameters())
         self.buffers = list(zip(network.buffers(), target.buffers(), strict=True))
 
     @th.no_grad()

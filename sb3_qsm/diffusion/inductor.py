@@ -80,8 +80,8 @@ class CpuPass(CustomGraphPass):
     @staticmethod
     def _split(graph: Graph, node: Node) -> None:
         """
-        Have an addition after the product instead of in it: it is fused with what follows, where the product itself would first
-        copy what is added to every row of its result.
+        Have an addition after the product instead of in it: there it is fused with what follows, while the product itself
+        would first copy what is added into its result.
         """
         shift, a, b = node.args
         value = node.meta["val"]

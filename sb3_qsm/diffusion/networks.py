@@ -105,11 +105,13 @@ class ScoreNetwork(nn.Module):
 
     def shares(self) -> tuple[th.Tensor, ...]:
         """
-        :return: Parts of the first layer's weight: the noised action's, the observation's and the time's, shape ``(width, n)``
+        Parts of the first layer's weight, without copies.
+
+        :return: The noised action's part, the observation's and the time's, each of shape ``(width, n)``
         """
         time_dim = self.input_layer.in_features - self.action_dim - self.features_dim
         # One split: the gradients of slices would each be filled up with zeros and added
-        return self.input_layer.weight.split([self.action_dim, self.features_dim, time_dim], dim=1)
+        return th.split(self.input_layer.weight, [self.action_dim, self.features_dim, time_dim], dim=1)
 
     def time_table(self, t: th.Tensor, weight: th.Tensor) -> th.Tensor:
         """
@@ -142,8 +144,8 @@ class ScoreNetwork(nn.Module):
 
     def factored(self, features: th.Tensor, actions: th.Tensor, t: th.Tensor, steps: th.Tensor) -> th.Tensor:
         """
-        The same function as :meth:`forward`, with the embedding of time computed for the steps there are, not for every element
-        of the batch.
+        The same function as :meth:`forward`, with the embedding of time computed for the steps there are, not for every
+        element of the batch.
 
         :param features: Features of the observation, shape ``(batch, features_dim)``
         :param actions: Noised actions, shape ``(batch, action_dim)``

@@ -124,9 +124,9 @@ class QSM(OfflineTraining):
     :param exploration_initial_eps: Probability that an action is uniformly random instead, at step 0; it falls linearly to
         zero. Until ``learning_starts`` all actions are random anyway
     :param exploration_decay_steps: Environment step at which that probability is zero
-    :param compile: Compile the losses and their gradients with ``torch.compile``, which needs a C++ compiler and about half a
-        minute at the first gradient step, less when the same update was compiled before, and a features extractor without
-        parameters
+    :param compile: Compile losses, gradients and the steps of Adam with ``torch.compile``, which needs a C++ compiler, about
+        a minute at the first gradient step, less when the same update was compiled before, and a features extractor without
+        parameters. Gradients are not kept in ``parameter.grad`` then
     :param precision: ``"float32"``, or ``"bf16"`` for matrix products with bfloat16 operands: parameters, optimizers and the
         critics' targets stay in float32. Applies to acting too where there are 16 observations or more
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average

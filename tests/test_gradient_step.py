@@ -1,0 +1,127 @@
+"""Steps of the optimizers and of the target networks."""
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch as th
+from torch import nn
+
+from sb3_qsm.common.gradient_step import GradientStep, PolyakUpdate, adam_scalars, adam_state, adam_update, is_plain_adam
+
+
+class Quadratic(nn.Module):
+    """Loss |w x - 1|^2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(th.tensor([0.5, -2.0, 3.0]))
+        self.frozen = nn.Parameter(th.ones(1))
+
+    def forward(self, x: th.Tensor) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        loss = (self.weight * x - self.frozen).square().sum()
+        return loss, {"quadratic_loss": loss.detach()}
+
+
+def make_step(compiled: bool, **kwargs: Any) -> tuple[Quadratic, GradientStep]:
+    loss = Quadratic()
+    return loss, GradientStep(loss, "quadratic_loss", th.optim.Adam([loss.weight], **{"lr": 0.1, **kwargs}), compiled)
+
+
+def test_adam_is_the_one_of_pytorch() -> None:
+    """Over a changing learning rate, for gradients of very different magnitude, and for a zero one."""
+    generator = th.Generator().manual_seed(0)
+    expected = nn.Parameter(th.randn(4, 5, generator=generator))
+    optimizer = th.optim.Adam([expected], lr=3e-4, betas=(0.8, 0.99), eps=1e-6)
+    parameter, mean, square = expected.detach().clone(), th.zeros(4, 5), th.zeros(4, 5)
+    for step in range(1, 20):
+        gradient = th.randn(4, 5, generator=generator) * th.tensor([1e-8, 1e-3, 1.0, 1e3, 0.0])
+        optimizer.param_groups[0]["lr"] = rate = 3e-4 * step
+        expected.grad = gradient
+        optimizer.step()
+        scalars = adam_scalars(th.tensor(float(step)), rate, (0.8, 0.99), 1e-6)
+        parameter, mean, square = adam_update(parameter, gradient, mean, square, scalars)
+        th.testing.assert_close(parameter, expected.detach(), rtol=1e-5, atol=1e-6)
+    th.testing.assert_close(mean, optimizer.state[expected]["exp_avg"])
+    th.testing.assert_close(square, optimizer.state[expected]["exp_avg_sq"])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_first_state_is_the_one_of_pytorch(fused: bool) -> None:
+    parameters = [nn.Parameter(th.ones(2, 3)) for _ in range(2)]
+    optimizers = [th.optim.Adam([parameter], fused=fused) for parameter in parameters]
+    ours = adam_state(optimizers[0], parameters[0])
+    parameters[1].grad = th.zeros(2, 3)
+    optimizers[1].step()
+    theirs = optimizers[1].state[parameters[1]]
+    assert ours.keys() == theirs.keys()
+    for key in ("exp_avg", "exp_avg_sq"):
+        th.testing.assert_close(ours[key], theirs[key])
+    assert ours["step"] == 0
+    assert (ours["step"].dtype, ours["step"].shape) == (theirs["step"].dtype, theirs["step"].shape)
+    assert adam_state(optimizers[1], parameters[1]) is theirs
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiled_step_is_the_eager_one(fused: bool) -> None:
+    (eager_loss, eager), (loss, step) = (make_step(compiled, fused=fused) for compiled in (False, True))
+    for rate in (0.1, 0.1, 0.01):
+        for each in (eager, step):
+            each.optimizer.param_groups[0]["lr"] = rate
+            metrics = each(th.tensor([1.0, 2.0, 3.0]))
+        assert metrics["quadratic_loss"] > 0
+        th.testing.assert_close(loss.weight, eager_loss.weight)
+    th.testing.assert_close(step.optimizer.state_dict()["state"], eager.optimizer.state_dict()["state"])
+    # The state is that of the optimizer: it goes on after a saved and loaded one
+    step.optimizer.load_state_dict(deepcopy(eager.optimizer.state_dict()))
+    for each in (eager, step):
+        each(th.tensor([1.0, 2.0, 3.0]))
+    th.testing.assert_close(loss.weight, eager_loss.weight)
+    assert loss.frozen == 1.0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_loss_that_is_not_finite_changes_nothing(compiled: bool) -> None:
+    loss, step = make_step(compiled)
+    step(th.ones(3))
+    before = {key: value.clone() for key, value in adam_state(step.optimizer, loss.weight).items()}
+    weight = loss.weight.detach().clone()
+    metrics = step(th.tensor([1.0, th.nan, 1.0]))
+    assert metrics["quadratic_loss"].isnan()
+    th.testing.assert_close(loss.weight.detach(), weight)
+    th.testing.assert_close(adam_state(step.optimizer, loss.weight), before)
+
+
+def test_other_optimizers_do_their_own_step() -> None:
+    weight = nn.Parameter(th.ones(2))
+    assert is_plain_adam(th.optim.Adam([weight]))
+    assert is_plain_adam(th.optim.Adam([weight], fused=True, betas=(0.5, 0.9), eps=1e-5))
+    others = [
+        *(th.optim.Adam([weight], **{name: True}) for name in ("amsgrad", "maximize", "differentiable")),
+        *(th.optim.Adam([weight], weight_decay=0.1), th.optim.AdamW([weight]), th.optim.SGD([weight], lr=0.1)),
+        th.optim.Adam([{"params": [weight]}, {"params": [nn.Parameter(th.ones(1))]}]),
+    ]
+    hooked = th.optim.Adam([weight])
+    hooked.register_step_post_hook(lambda *_: None)
+    assert not any(map(is_plain_adam, [*others, hooked]))
+
+
+def test_compiled_step_of_another_optimizer() -> None:
+    losses = [Quadratic(), Quadratic()]
+    for loss, compiled in zip(losses, (False, True), strict=True):
+        step = GradientStep(loss, "quadratic_loss", th.optim.SGD([loss.weight], lr=0.01, momentum=0.9), compiled)
+        step(th.tensor([1.0, 2.0, 3.0]))
+        step(th.tensor([1.0, 2.0, 3.0]))
+    th.testing.assert_close(losses[0].weight, losses[1].weight)
+    assert not th.allclose(losses[1].weight, Quadratic().weight)
+
+
+def test_polyak_update() -> None:
+    network, target = (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)) for _ in range(2))
+    network(th.randn(8, 3))  # changes the running statistics
+    old = [parameter.detach().clone() for parameter in target.parameters()]
+    PolyakUpdate(network, target)(0.25)
+    for before, new, now in zip(old, network.parameters(), target.parameters(), strict=True):
+        th.testing.assert_close(now.detach(), 0.75 * before + 0.25 * new.detach())
+    for new, now in zip(network.buffers(), target.buffers(), strict=True):
+        assert th.equal(new, now)
