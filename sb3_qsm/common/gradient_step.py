@@ -72,8 +72,8 @@ class GradientStep:
         wanted = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self.parameters = {name: parameter for name, parameter in loss.named_parameters() if id(parameter) in wanted}
         self.device = next(iter(self.parameters.values())).device
-        self.gradients = compile_update(self._functional) if compiled else self._autograd
-        self.adam = compile_update(self._adam) if compiled else None
+        self.gradients = compile_update(self._functional, self.device) if compiled else self._autograd
+        self.adam = compile_update(self._adam, self.device) if compiled else None
 
     def _autograd(self, parameters: Tensors, *args: Any) -> tuple[Tensors, Metrics]:
         with autocast(self.device, self.precision):

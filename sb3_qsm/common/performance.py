@@ -77,9 +77,10 @@ def check_compiler(device: th.device) -> None:
         ) from error
 
 
-def compile_update(function: Callable[..., Any]) -> Callable[..., Any]:
+def compile_update(function: Callable[..., Any], device: th.device) -> Callable[..., Any]:
     """
-    :param function: A method that is a pure function of tensors on one device, of fixed shapes
+    :param function: A method that is a function of tensors on one device, of fixed shapes; it may change them in place
+    :param device: That device
     :return: The function, compiled at its first call into one graph without the backward pass of a further derivative
     """
     from sb3_qsm.diffusion.inductor import options
@@ -88,7 +89,7 @@ def compile_update(function: Callable[..., Any]) -> Callable[..., Any]:
     # function, of which it compiles only a few
     method: Any = function
     code = types.FunctionType(method.__func__.__code__.replace(), method.__func__.__globals__)
-    compiled = th.compile(types.MethodType(code, method.__self__), fullgraph=True, dynamic=False, options=options())
+    compiled = th.compile(types.MethodType(code, method.__self__), fullgraph=True, dynamic=False, options=options(device))
 
     def call(*args: Any) -> Any:
         # Else the parameters would make the graph one to differentiate again, with all that takes kept in memory

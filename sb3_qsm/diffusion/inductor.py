@@ -142,11 +142,14 @@ def _guards(guards: Sequence[Any]) -> list[bool]:
     return [guard.name == "" or guard.name.startswith("args") for guard in guards]
 
 
-def options() -> dict[str, Any]:
-    """Options of ``torch.compile`` for the updates."""
+def options(device: th.device) -> dict[str, Any]:
+    """
+    :param device: Device of the networks
+    :return: Options of ``torch.compile`` for the updates
+    """
     return {
         "guard_filter_fn": _guards,
         "post_grad_custom_post_pass": CpuPass(prefers_onednn()),
         # The calls of the kernels in C++ too: there are about a hundred in an update
-        "cpp_wrapper": True,
+        "cpp_wrapper": device.type == "cpu",
     }
