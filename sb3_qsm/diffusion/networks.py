@@ -103,16 +103,6 @@ class ScoreNetwork(nn.Module):
         self.trunk = nn.Sequential(*others)
         self._time_cache: tuple[list[tuple[int, int]], list[th.Tensor], th.Tensor] | None = None
 
-    def shares(self) -> tuple[th.Tensor, ...]:
-        """
-        Parts of the first layer's weight, without copies.
-
-        :return: The noised action's part, the observation's and the time's, each of shape ``(width, n)``
-        """
-        time_dim = self.input_layer.in_features - self.action_dim - self.features_dim
-        # One split: the gradients of slices would each be filled up with zeros and added
-        return th.split(self.input_layer.weight, [self.action_dim, self.features_dim, time_dim], dim=1)
-
     def time_table(self, t: th.Tensor, weight: th.Tensor) -> th.Tensor:
         """
         :param t: Diffusion steps, shape ``(n,)``
@@ -153,7 +143,9 @@ class ScoreNetwork(nn.Module):
         :param steps: All diffusion steps 0..T-1, int64
         :return: Predicted noise, shape ``(batch, action_dim)``
         """
-        action_weight, features_weight, time_weight = self.shares()
+        # One split: the gradients of slices would each be filled up with zeros and added
+        sizes = [self.action_dim, self.features_dim, self.input_layer.in_features - self.action_dim - self.features_dim]
+        action_weight, features_weight, time_weight = th.split(self.input_layer.weight, sizes, dim=1)
         context = linear(features, features_weight, self.input_layer.bias)
         shift = context + nn.functional.embedding(t, self.time_table(steps, time_weight))
         predicted: th.Tensor = self.trunk(addmm(shift, actions, action_weight.t()))
@@ -168,7 +160,9 @@ class ScoreNetwork(nn.Module):
         :return: Function from noised actions and the step, a Python integer, to the predicted noise
         """
         # For a few observations the table is a sixth of the work of acting
-        action_weight, features_weight, time_weight = self.shares()
+        # Slices: exporters do not fold a split
+        first, start, end = self.input_layer.weight, self.action_dim, self.action_dim + self.features_dim
+        action_weight, features_weight, time_weight = first[:, :start], first[:, start:end], first[:, end:]
         make_table = self._cached_time_table if self._caches(features) else self.time_table
         table = make_table(steps, time_weight)
         context = linear(features, features_weight, self.input_layer.bias)
