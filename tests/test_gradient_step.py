@@ -80,6 +80,26 @@ def test_compiled_step_is_the_eager_one(fused: bool) -> None:
     assert loss.frozen == 1.0
 
 
+def test_every_step_is_compiled_for_itself() -> None:
+    """PyTorch compiles a few versions of one function and then stops: the models of a process must not share them."""
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for _ in range(3):
+            (eager_loss, eager), (loss, step) = (make_step(compiled) for compiled in (False, True))
+            for each in (eager, step):
+                each(th.tensor([1.0, 2.0, 3.0]))
+            th.testing.assert_close(loss.weight, eager_loss.weight)
+
+
+def test_another_batch_size_is_compiled_anew() -> None:
+    (eager_loss, eager), (loss, step) = (make_step(compiled) for compiled in (False, True))
+    for rows in (4, 2, 4):
+        for each in (eager, step):
+            each(th.arange(3.0 * rows).reshape(rows, 3))
+        th.testing.assert_close(loss.weight, eager_loss.weight)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_loss_that_is_not_finite_changes_nothing(compiled: bool) -> None:
     loss, step = make_step(compiled)
