@@ -145,3 +145,11 @@ def test_polyak_update() -> None:
         th.testing.assert_close(now.detach(), 0.75 * before + 0.25 * new.detach())
     for new, now in zip(network.buffers(), target.buffers(), strict=True):
         assert th.equal(new, now)
+
+
+def test_polyak_update_of_a_replaced_buffer() -> None:
+    networks = [nn.BatchNorm1d(4) for _ in range(2)]
+    update = PolyakUpdate(*networks)
+    networks[0].running_mean = th.full((4,), 3.0)
+    update(0.5)
+    assert th.equal(networks[1].running_mean, th.full((4,), 3.0))

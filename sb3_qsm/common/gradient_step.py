@@ -52,7 +52,7 @@ def adam_update(
 class GradientStep:
     """
     A loss, its gradient in the parameters of an optimizer and the step of the optimizer. A loss that is not finite leaves the
-    parameters as they are, on the CPU and where the step is compiled.
+    parameters as they are, on the CPU and where Adam's step is compiled.
 
     Compiled, loss and gradient are one graph, and with Adam the step is in it too; another optimizer does its own. The
     features must not carry a gradient then.
@@ -139,7 +139,8 @@ def is_plain_adam(optimizer: th.optim.Optimizer) -> bool:
     (group,) = optimizer.param_groups
     additions = ("amsgrad", "maximize", "weight_decay", "differentiable")
     hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
-    return not any(group[name] for name in additions) and not any(hooks)
+    # PyTorch's learning rate schedulers, among others, put a step of their own in the optimizer
+    return not any(group[name] for name in additions) and not any(hooks) and "step" not in vars(optimizer)
 
 
 def adam_state(optimizer: th.optim.Optimizer, parameter: th.Tensor) -> dict[str, Any]:
@@ -169,7 +170,7 @@ class PolyakUpdate:
     def __init__(self, network: nn.Module, target: nn.Module) -> None:
         # Looked up once: that takes longer than the update
         self.parameters, self.targets = tuple(network.parameters()), tuple(target.parameters())
-        self.buffers = list(zip(network.buffers(), target.buffers(), strict=True))
+        self.networks = (network, target) if list(network.buffers()) else None
 
     @th.no_grad()
     def __call__(self, tau: float) -> None:
@@ -179,5 +180,7 @@ class PolyakUpdate:
         :param tau: Weight of the network's parameters, between 0 and 1
         """
         th._foreach_lerp_(self.targets, self.parameters, tau)
-        for buffer, target_buffer in self.buffers:
-            target_buffer.copy_(buffer)
+        if self.networks is not None:
+            # Anew each time: running statistics may be other tensors after each forward pass
+            for buffer, target_buffer in zip(*(network.buffers() for network in self.networks), strict=True):
+                target_buffer.copy_(buffer)
