@@ -48,8 +48,10 @@ def gradients(model):
     return th.cat([10.0 * state["exp_avg"].flatten() for state in states])
 
 
-def test_compiled_update_is_the_eager_one(tmp_path):
-    """Also after a changed gamma, tau, learning rate and target-policy noise, and in a loaded model."""
+# Another batch size is compiled anew
+@pytest.mark.parametrize("batch_size", [32, pytest.param(16, marks=pytest.mark.slow)])
+def test_compiled_update_is_the_eager_one(tmp_path, batch_size):
+    """Also after a changed gamma, tau, learning rate, target-policy noise and batch size, and in a loaded model."""
     eager, compiled = collect(make_model()), collect(make_model(compile=True))
     assert largest_difference(parameters(eager), parameters(compiled)) == 0.0
     results = []
@@ -59,7 +61,7 @@ def test_compiled_update_is_the_eager_one(tmp_path):
         model.train(3, 32)
         model.gamma, model.tau, model.lr_schedule = 0.5, 0.3, lambda _: 1e-2
         model.target_policy_noise = 0.5
-        model.train(2, 32)
+        model.train(2, batch_size)
         results.append(parameters(model))
         model.save(tmp_path / "model")
         model.save_replay_buffer(tmp_path / "buffer")
@@ -76,7 +78,15 @@ def test_compiled_update_is_the_eager_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_gradients_of_other_settings():
+def test_every_model_compiles_its_own_update():
+    """PyTorch compiles a few versions of one function and then stops: the models of a process must not share them."""
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(recompile_limit=2):
+        compare_compiled_models()
+
+
+def compare_compiled_models():
     for kwargs in ({"score_target": "noised"}, {"score_target": "clean", "sampler": "ddim"}):
         found = []
         for compile_ in (False, True):

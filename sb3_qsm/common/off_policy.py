@@ -176,8 +176,8 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
 
     def _check_finite(self, name: str, metrics: Metrics) -> None:
         """
-        Stop before a step would destroy the parameters. On a GPU the look would wait for the device, so there it is left to
-        :meth:`_log`, once for each call of ``train``.
+        Stop while the parameters are still those of before the step. On a GPU the look would wait for the device, so there
+        it is left to :meth:`_log`, once for each call of ``train``.
         """
         if metrics[name].device.type == "cpu":
             self._require_finite(name, metrics[name].item())
