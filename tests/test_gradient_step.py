@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch as th
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sb3_qsm.common.gradient_step import GradientStep, PolyakUpdate, adam_scalars, adam_state, adam_update, is_plain_adam
 
@@ -92,6 +93,20 @@ def test_every_step_is_compiled_for_itself() -> None:
             th.testing.assert_close(loss.weight, eager_loss.weight)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_copy_trains_its_own_parameters(compiled: bool) -> None:
+    loss, step = make_step(compiled)
+    step(th.tensor([1.0, 2.0, 3.0]))
+    loss_copy, copied = deepcopy((loss, step))
+    weight = loss.weight.detach().clone()
+    copied(th.tensor([1.0, 2.0, 3.0]))
+    assert th.equal(loss.weight, weight)
+    # The running means were copied too
+    step(th.tensor([1.0, 2.0, 3.0]))
+    assert not th.equal(loss.weight, weight)
+    th.testing.assert_close(loss_copy.weight, loss.weight)
+
+
 def test_another_batch_size_is_compiled_anew() -> None:
     (eager_loss, eager), (loss, step) = (make_step(compiled) for compiled in (False, True))
     for rows in (4, 2, 4):
@@ -126,6 +141,12 @@ def test_other_optimizers_do_their_own_step() -> None:
     scheduled = th.optim.Adam([weight])
     th.optim.lr_scheduler.ConstantLR(scheduled)  # counts the steps
     assert not any(map(is_plain_adam, [*others, hooked, scheduled]))
+    everywhere = register_optimizer_step_pre_hook(lambda *_: None)
+    try:
+        assert not is_plain_adam(th.optim.Adam([weight]))
+    finally:
+        everywhere.remove()
+    assert is_plain_adam(th.optim.Adam([weight]))
 
 
 def test_compiled_step_of_another_optimizer() -> None:

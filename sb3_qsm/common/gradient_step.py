@@ -1,10 +1,12 @@
 """A step of an optimizer on a loss, eager or compiled."""
 
+import copy
 import math
 from typing import Any
 
 import torch as th
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from sb3_qsm.common.losses import Metrics
 from sb3_qsm.common.performance import autocast, compile_update
@@ -22,11 +24,14 @@ def adam_scalars(step: th.Tensor, learning_rate: float, betas: tuple[float, floa
     :param epsilon: Term added to the root for stability
     :return: Weights of the gradient and of its square in their running means, correction of the latter, step size, epsilon
     """
+    on_cpu = step.device.type == "cpu"
     # On a GPU a number would have to be waited for
-    count: Any = step.item() if step.device.type == "cpu" else step.double()
+    count: Any = step.item() if on_cpu else step.double()
     weight1, weight2 = (1.0 - beta for beta in betas)
     correction1, correction2 = (1.0 - beta**count for beta in betas)
     scalars = [weight1, weight2, 1.0 / correction2, learning_rate / correction1, epsilon]
+    if on_cpu:
+        return th.tensor(scalars, dtype=th.float32)
     return th.stack([th.as_tensor(scalar, dtype=th.float32, device=step.device) for scalar in scalars])
 
 
@@ -68,12 +73,17 @@ class GradientStep:
         self, loss: nn.Module, name: str, optimizer: th.optim.Optimizer, compiled: bool = False, precision: str = "float32"
     ) -> None:
         self.loss, self.name, self.optimizer = loss, name, optimizer
-        self.precision = precision
+        self.compiled, self.precision = compiled, precision
         wanted = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self.parameters = {name: parameter for name, parameter in loss.named_parameters() if id(parameter) in wanted}
         self.device = next(iter(self.parameters.values())).device
         self.gradients = compile_update(self._functional, self.device) if compiled else self._autograd
         self.adam = compile_update(self._adam, self.device) if compiled else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GradientStep":
+        # What is compiled is a function of the networks that it was compiled for
+        loss, optimizer = copy.deepcopy((self.loss, self.optimizer), memo)
+        return type(self)(loss, self.name, optimizer, self.compiled, self.precision)
 
     def _autograd(self, parameters: Tensors, *args: Any) -> tuple[Tensors, Metrics]:
         with autocast(self.device, self.precision):
@@ -115,7 +125,8 @@ class GradientStep:
             scalars = adam_scalars(steps[0] + 1, group["lr"], group["betas"], group["eps"])
             metrics: Metrics = self.adam(dict(self.parameters), means, squares, scalars, *args)
             if self._finite(metrics):
-                th._foreach_add_(steps, 1)
+                # A number would be made a tensor for each of them
+                th._foreach_add_(steps, [th.ones_like(steps[0])] * len(steps))
             return metrics
         gradients, metrics = self.gradients(dict(self.parameters), *args)
         for name, parameter in self.parameters.items():
@@ -138,7 +149,12 @@ def is_plain_adam(optimizer: th.optim.Optimizer) -> bool:
         return False
     (group,) = optimizer.param_groups
     additions = ("amsgrad", "maximize", "weight_decay", "differentiable")
-    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    hooks = (
+        optimizer._optimizer_step_pre_hooks,
+        optimizer._optimizer_step_post_hooks,
+        _global_optimizer_pre_hooks,
+        _global_optimizer_post_hooks,
+    )
     # PyTorch's learning rate schedulers, among others, put a step of their own in the optimizer
     return not any(group[name] for name in additions) and not any(hooks) and "step" not in vars(optimizer)
 

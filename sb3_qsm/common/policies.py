@@ -21,7 +21,7 @@ from torch import nn
 from sb3_qsm.common.checks import check_integer
 from sb3_qsm.common.performance import autocast
 from sb3_qsm.diffusion import SAMPLERS, NoiseSchedule, ScoreNetwork, ddim
-from sb3_qsm.diffusion.linear import MIN_ROWS
+from sb3_qsm.diffusion.linear import MIN_BF16
 from sb3_qsm.diffusion.networks import mlp, xavier_init
 
 
@@ -192,9 +192,8 @@ class DiffusionActor(BasePolicy):
         :param sampling_steps: Number of DDIM steps to take, without the noise, in place of the whole chain of ``sampler``
         :return: Scaled actions in [-1, 1], shape ``(batch, action_dim)``
         """
-        # For a few observations the conversions would cost more than they save. The number of rows is asked for last: it may
-        # be a symbol while a graph is made
-        precision = "float32" if self.precision == "float32" or x_last.shape[0] < MIN_ROWS else self.precision
+        # With fewer rows every product stays in float32. The number is asked for last: it may be a symbol while a graph is made
+        precision = "float32" if self.precision == "float32" or x_last.shape[0] < MIN_BF16 else self.precision
         with autocast(x_last.device, precision):
             predict_noise = self.score_network.denoiser(features, self.steps)
             if sampling_steps is not None:
