@@ -192,7 +192,7 @@ class DiffusionActor(BasePolicy):
         :param sampling_steps: Number of DDIM steps to take, without the noise, in place of the whole chain of ``sampler``
         :return: Scaled actions in [-1, 1], shape ``(batch, action_dim)``
         """
-        # With fewer rows every product stays in float32. The number is asked for last: it may be a symbol while a graph is made
+        # With fewer rows every product stays in float32. They are asked for last: a symbol, maybe, while a graph is made
         precision = "float32" if self.precision == "float32" or x_last.shape[0] < MIN_BF16 else self.precision
         with autocast(x_last.device, precision):
             predict_noise = self.score_network.denoiser(features, self.steps)
