@@ -326,6 +326,14 @@ def test_the_shipped_sweep_has_the_cells_of_the_benchmark():
         assert cell.timesteps % cell.eval_freq == 0 and (cell.eval_freq == 5000 and cell.eval_episodes >= 10)
 
 
+def test_the_sweep_of_other_tasks_has_none_of_the_main_one():
+    main, other = (sweep.read_groups(BENCHMARKS / "sweeps" / name) for name in ("main.yml", "other.yml"))
+    envs = {cell.env for cell in other["other"]}
+    assert len(envs) == 5 and envs == {cell.env for cell in other["random"]}
+    assert envs.isdisjoint(cell.env for group in main.values() for cell in group)
+    assert {cell.name for cell in other["other"]} == {"qsm", "sac"}
+
+
 def test_list_and_only(mortal, capsys):
     arguments = ["list", "sweep.yml", "--out", "out", "--groups", "long"]
     assert sweep.main([*arguments, "--only", "seed=1,algo=qsm-small"]) == 0
