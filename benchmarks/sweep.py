@@ -223,6 +223,8 @@ def _run_with_ray(waiting: deque[tuple[Path, Cell, str]], args: argparse.Namespa
             "include_dashboard": False,
             "_node_ip_address": "127.0.0.1",
             "object_store_memory": 80 * 2**20,
+            # Ray waits forever for a process that took longer than this to start, by default a minute: a busy machine does
+            "_system_config": {"worker_register_timeout_seconds": 600},
         }
     ray.init(address=args.address or "local", logging_level="warning", **own)
     if args.address and not args.jobs:
