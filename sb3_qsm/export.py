@@ -154,14 +154,14 @@ class PolicyGraph(nn.Module):
             observation = {key: self._normalize(key, value) for key, value in observation.items()}
         else:
             observation = self._normalize(None, observation)
-        actor = self.policy.actor
+        actor = self.policy.acting(deterministic=latent is None)
         features = actor.features(observation)
         if latent is None:
             latent = self.latents.expand(-1, features.shape[0], -1)
         latent = latent.reshape(-1, actor.action_dim)
         chain = None if chain is None else chain.reshape(actor.diffusion_steps, -1, actor.action_dim)
         if self.policy.best_of_n > 1:
-            actions = self.policy._best_of_n(observation, features, latent, chain)
+            actions = self.policy._best_of_n(actor, observation, features, latent, chain)
         else:
             actions = actor.sample(features, latent, chain, actor.sampling_steps)
         actions = actions.reshape(-1, *self.action_shape)
@@ -207,6 +207,7 @@ def _export(
     actor.precision = "float32"
     if sampling_steps is not None:
         actor.sampling_steps = sampling_steps
+    policy.acting(deterministic)  # takes over both
     # The size of this batch is any but 0 and 1, which would be taken for constants
     tensors = {key: th.as_tensor(np.zeros((2, *part.shape), part.dtype)) for key, part in parts.items()}
     inputs: list[Any] = [tensors if isinstance(space, spaces.Dict) else tensors[""]]

@@ -19,10 +19,11 @@ OBSERVATIONS = spaces.Box(-1.0, 1.0, (3,), np.float32)
 ACTIONS = spaces.Box(np.float32([-1.0, 0.5]), np.float32([3.0, 0.75]))
 
 
-def make_model(action_space=ACTIONS, trained=True, policy_kwargs=None, **kwargs) -> QSM:
+def make_model(action_space=ACTIONS, trained=True, policy_kwargs=None, actor_ema=False, **kwargs) -> QSM:
     model = QSM(
         "MlpPolicy",
         DummyEnv(OBSERVATIONS, action_space),
+        actor_ema=actor_ema,
         # What is asserted of these networks shall not depend on the defaults
         policy_kwargs={"net_arch": [16], "xavier": False, "critic_activation_fn": th.nn.ReLU, **(policy_kwargs or {})},
         learning_starts=5,

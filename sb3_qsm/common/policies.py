@@ -1,5 +1,6 @@
 """Diffusion actor and critics."""
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -347,6 +348,7 @@ class DiffusionPolicy(BasePolicy):
     :param sampling_temperature: Factor on the noise of the reverse process
     :param sampling_steps: Number of DDIM steps to act in, at most T; by default the whole chain of ``sampler``
     :param best_of_n: Number of actions to draw; the one with the highest minimum over the critics is taken
+    :param actor_ema: Whether there is a moving average of the actor, which then acts deterministically
     :param fourier_dim: Number of Fourier features of the diffusion step
     :param time_arch: Layers of the embedding of the diffusion step
     :param xavier: Whether to start from Xavier-uniform kernels and zero biases, as the official QSM code does, instead of
@@ -357,6 +359,8 @@ class DiffusionPolicy(BasePolicy):
     default_features_extractor_class: ClassVar[type[BaseFeaturesExtractor]] = FlattenExtractor
 
     actor: DiffusionActor
+    #: Moving average of the actor, or None
+    actor_ema: DiffusionActor | None
     critic: QCritic
     critic_target: QCritic
 
@@ -383,6 +387,7 @@ class DiffusionPolicy(BasePolicy):
         sampling_temperature: float = 1.0,
         sampling_steps: int | None = None,
         best_of_n: int = 1,
+        actor_ema: bool = False,
         fourier_dim: int = 64,
         time_arch: Sequence[int] = (128, 128),
         xavier: bool = True,
@@ -413,6 +418,7 @@ class DiffusionPolicy(BasePolicy):
         self.n_critics = n_critics
         self.share_features_extractor = share_features_extractor
         self.best_of_n = best_of_n
+        self.has_actor_ema = actor_ema
         self.xavier = xavier
         shared = {
             "observation_space": observation_space,
@@ -448,6 +454,7 @@ class DiffusionPolicy(BasePolicy):
 
     def _build(self, lr_schedule: Schedule) -> None:
         self.actor = self.make_actor()
+        self.actor_ema = copy.deepcopy(self.actor).requires_grad_(False).eval() if self.has_actor_ema else None
         self.actor.optimizer = self._make_optimizer(self.actor.parameters(), lr_schedule)
 
         self.critic, self.critic_target = self.make_critics(lr_schedule)
@@ -475,6 +482,7 @@ class DiffusionPolicy(BasePolicy):
             n_critics=self.n_critics,
             share_features_extractor=self.share_features_extractor,
             best_of_n=self.best_of_n,
+            actor_ema=self.has_actor_ema,
             xavier=self.xavier,
             **self.diffusion_kwargs,
         )
@@ -524,24 +532,38 @@ class DiffusionPolicy(BasePolicy):
         """
         return self._predict(obs, deterministic)
 
+    def acting(self, deterministic: bool) -> DiffusionActor:
+        """
+        :param deterministic: Whether to act deterministically
+        :return: The actor that does
+        """
+        if not deterministic or self.actor_ema is None:
+            return self.actor
+        for name in ("sampling_steps", "precision"):
+            # They may be changed on the actor at any time
+            if getattr(self.actor_ema, name) != getattr(self.actor, name):
+                setattr(self.actor_ema, name, getattr(self.actor, name))
+        return self.actor_ema
+
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        actor = self.acting(deterministic)
         if self.best_of_n > 1:
-            features = self.actor.features(observation)
-            latents = self.actor.draw_latents(features.shape[0], deterministic, self.best_of_n)
-            return self._best_of_n(observation, features, *latents)
+            features = actor.features(observation)
+            latents = actor.draw_latents(features.shape[0], deterministic, self.best_of_n)
+            return self._best_of_n(actor, observation, features, *latents)
         if th.is_grad_enabled():
-            return self.actor.forward(observation, deterministic)
+            return actor.forward(observation, deterministic)
         # Operations cost less without autograd's bookkeeping; the copy is an ordinary tensor again
         with th.inference_mode():
-            actions = self.actor.forward(observation, deterministic)
+            actions = actor.forward(observation, deterministic)
         return actions.clone()
 
     def _best_of_n(
-        self, observation: PyTorchObs, features: th.Tensor, x_last: th.Tensor, noise: th.Tensor | None
+        self, actor: DiffusionActor, observation: PyTorchObs, features: th.Tensor, x_last: th.Tensor, noise: th.Tensor | None
     ) -> th.Tensor:
         """Of ``best_of_n`` actions for each observation, made of the given noise, the one with the highest min_i Q_i(s, a)."""
         n, batch_size = self.best_of_n, features.shape[0]
-        candidates = self.actor.sample(features.repeat(n, 1), x_last, noise, self.actor.sampling_steps)
+        candidates = actor.sample(features.repeat(n, 1), x_last, noise, actor.sampling_steps)
         q_values = self.critic.q_values(self.critic.features(observation).repeat(n, 1), candidates).amin(dim=0)
         best = q_values.view(n, batch_size).argmax(dim=0)
         return candidates.view(n, batch_size, -1)[best, th.arange(batch_size, device=best.device)]

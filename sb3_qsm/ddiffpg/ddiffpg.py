@@ -280,6 +280,8 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
             )
         if self.policy_kwargs.get("best_of_n", 1) != 1:
             raise ValueError(f"best_of_n must be 1, got {self.policy_kwargs['best_of_n']!r}: each mode has critics of its own")
+        if self.policy_kwargs.get("actor_ema"):
+            raise ValueError(f"actor_ema must be False, got {self.policy_kwargs['actor_ema']!r}: only QSM averages its actor")
 
     def _diffusion_kwargs(self) -> dict[str, Any]:
         categorical = {"n_atoms": self.n_atoms, "v_min": self.v_min, "v_max": self.v_max} if self.n_atoms else None

@@ -79,7 +79,7 @@ class QSM(OfflineTraining):
     :param buffer_size: Size of the replay buffer
     :param learning_starts: How many steps of uniformly random actions to collect before learning starts
     :param batch_size: Minibatch size for each gradient update
-    :param tau: Soft update coefficient ("Polyak update", between 0 and 1) of the target critics
+    :param tau: Soft update coefficient ("Polyak update", between 0 and 1) of the target critics and of ``actor_ema``
     :param gamma: Discount factor
     :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit like
         ``(5, "step")`` or ``(2, "episode")``.
@@ -118,6 +118,8 @@ class QSM(OfflineTraining):
     :param policy_delay: Update the actor once every ``policy_delay`` gradient steps
     :param target_update_interval: Update the target critics once every ``target_update_interval`` gradient steps
     :param best_of_n: Number of actions to draw when acting; the one with the highest minimum over the critics is taken
+    :param actor_ema: Whether to act deterministically by a moving average of the actor's weights, which follows them by
+        ``tau``, faster at first. What is collected are actions of the actor itself
     :param sampling_steps: Number of steps to act in, at most T, by DDIM on evenly spaced ones of the T; by default the whole
         chain of ``sampler``. The critic's target always takes the whole chain
     :param exploration_noise: Standard deviation of the Gaussian noise added to the scaled actions while collecting
@@ -180,6 +182,7 @@ class QSM(OfflineTraining):
         policy_delay: int = 1,
         target_update_interval: int = 1,
         best_of_n: int = 1,
+        actor_ema: bool = True,
         sampling_steps: int | None = None,
         exploration_noise: float = 0.1,
         exploration_initial_eps: float = 0.5,
@@ -237,6 +240,7 @@ class QSM(OfflineTraining):
         self.policy_delay = policy_delay
         self.target_update_interval = target_update_interval
         self.best_of_n = best_of_n
+        self.actor_ema = actor_ema
         self.sampling_steps = sampling_steps
         self.compile = compile
         self.precision = precision
@@ -274,6 +278,7 @@ class QSM(OfflineTraining):
             "critic_reduction": "mean",
             "exploration_noise": 0.1,
             "exploration_initial_eps": 0.0,
+            "actor_ema": False,
             "policy_kwargs": {
                 "net_arch": [512, 512],
                 "activation_fn": nn.Mish,
@@ -303,7 +308,8 @@ class QSM(OfflineTraining):
                 self._check_number(name, 0.0, strict=True)
 
     def _diffusion_kwargs(self) -> dict[str, Any]:
-        return {**super()._diffusion_kwargs(), "best_of_n": self.best_of_n, "sampling_steps": self.sampling_steps}
+        own = {name: getattr(self, name) for name in ("best_of_n", "actor_ema", "sampling_steps")}
+        return {**super()._diffusion_kwargs(), **own}
 
     def _resolve_n_steps(self) -> int:
         """``n_steps``, or its default where there is none."""
@@ -347,6 +353,8 @@ class QSM(OfflineTraining):
             self.precision,
         )
         self._target_update = PolyakUpdate(self.critic, self.critic_target)
+        average = self.policy.actor_ema
+        self._actor_average = None if average is None else PolyakUpdate(self.actor, average)
 
     def _gradient_critics(self) -> list[QCritic]:
         """The critics whose action gradient the actor follows."""
@@ -376,6 +384,7 @@ class QSM(OfflineTraining):
             metrics.append(critic_metrics)
             if self._n_updates % self.policy_delay == 0:
                 metrics.append(self._update_actor(self._actor_batch(batch, next_actions), noise))
+                self._update_actor_ema()
             if self._n_updates % self.target_update_interval == 0:
                 self._target_update(self.tau)
 
@@ -435,6 +444,11 @@ class QSM(OfflineTraining):
         self.q_grad_norm.copy_(metrics.pop("q_grad_norm"))
         return metrics
 
+    def _update_actor_ema(self) -> None:
+        """One step of the actor's moving average; at first it covers the last tenth of all steps there were."""
+        if self._actor_average is not None:
+            self._actor_average(max(self.tau, 9.0 / (9.0 + self._n_updates // self.policy_delay)))
+
     def learn(
         self: SelfQSM,
         total_timesteps: int,
@@ -463,6 +477,7 @@ class QSM(OfflineTraining):
             "_critic_step",
             "_actor_step",
             "_target_update",
+            "_actor_average",
         ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

@@ -1,0 +1,90 @@
+"""The moving average of the actor, which acts deterministically."""
+
+import numpy as np
+import pytest
+import torch as th
+
+from sb3_qsm import QSM, DDiffPG
+from tests.test_run import DummyEnv
+from tests.test_predict import ACTIONS, OBSERVATIONS, observations
+
+
+def make_model(**kwargs) -> QSM:
+    kwargs = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 5, "batch_size": 8, "buffer_size": 100, **kwargs}
+    return QSM("MlpPolicy", DummyEnv(OBSERVATIONS, ACTIONS), learning_rate=0.01, diffusion_steps=3, seed=0, **kwargs)
+
+
+def weights(actor) -> np.ndarray:
+    return np.concatenate([parameter.detach().numpy().ravel() for parameter in actor.parameters()])
+
+
+@pytest.mark.parametrize("policy_delay", [1, 2])
+def test_average_of_the_weights(policy_delay):
+    model = make_model(policy_delay=policy_delay, tau=0.4)
+    average = weights(model.actor).astype(np.float64)
+    np.testing.assert_array_equal(average, weights(model.policy.actor_ema))
+    model.learn(5)
+    n = 0
+    for step in range(1, 30):
+        if step == 20:
+            model.tau = 0.8
+        model.train(1, 8)
+        if step % policy_delay == 0:
+            n += 1
+            weight = max(model.tau, 9 / (9 + n))
+            average = (1 - weight) * average + weight * weights(model.actor)
+        np.testing.assert_allclose(weights(model.policy.actor_ema), average, atol=1e-5)
+    assert np.abs(average - weights(model.actor)).max() > 1e-4
+
+
+def test_training_is_the_same_without_it():
+    models = [make_model(actor_ema=actor_ema).learn(40) for actor_ema in (True, False)]
+    assert models[1].policy.actor_ema is None
+    np.testing.assert_array_equal(*(weights(model.actor) for model in models))
+    np.testing.assert_array_equal(*(weights(model.critic) for model in models))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"best_of_n": 3}, {"sampling_steps": 2}], ids=str)
+def test_it_acts_deterministically_and_the_actor_does_not(kwargs, tmp_path):
+    model = make_model(**kwargs).learn(40)
+    obs = observations(6)
+    other = make_model(**kwargs, actor_ema=False)
+    other.critic.load_state_dict(model.critic.state_dict())
+    for deterministic, actor in ((True, model.policy.actor_ema), (False, model.actor)):
+        other.actor.load_state_dict(actor.state_dict())
+        actions = []
+        for each in (model, other):
+            th.manual_seed(0)
+            actions.append(each.predict(obs, deterministic=deterministic)[0])
+        np.testing.assert_array_equal(*actions)
+    expected = model.predict(obs, deterministic=True)[0]
+    assert np.abs(expected - other.predict(obs, deterministic=True)[0]).max() > 1e-5
+    model.save(tmp_path / "model")
+    model.policy.save(tmp_path / "policy")
+    model.save_safe(tmp_path / "safe")
+    for loaded in (
+        QSM.load(tmp_path / "model"),
+        QSM.load_safe(tmp_path / "safe"),
+        type(model.policy).load(tmp_path / "policy"),
+    ):
+        np.testing.assert_array_equal(expected, loaded.predict(obs, deterministic=True)[0])
+
+
+def test_settings_of_the_actor_are_those_of_its_average():
+    model = make_model().learn(20)
+    obs = observations(6)
+    before = model.predict(obs, deterministic=True)[0]
+    model.actor.sampling_steps = 1
+    assert not np.array_equal(before, model.predict(obs, deterministic=True)[0])
+    model.actor.sampling_steps = None
+    np.testing.assert_array_equal(before, model.predict(obs, deterministic=True)[0])
+
+
+def test_only_qsm_has_one():
+    assert QSM.paper_hyperparameters()["actor_ema"] is False
+    with pytest.raises(ValueError, match="Pass actor_ema to QSM itself"):
+        make_model(policy_kwargs={"actor_ema": True})
+    env = DummyEnv(OBSERVATIONS, ACTIONS)
+    with pytest.raises(ValueError, match="actor_ema must be False, got True"):
+        DDiffPG("MlpPolicy", env, policy_kwargs={"actor_ema": True})
+    assert DDiffPG("MlpPolicy", env).policy.actor_ema is None
