@@ -5,8 +5,8 @@ import pytest
 import torch as th
 
 from sb3_qsm import QSM, DDiffPG
-from tests.test_run import DummyEnv
 from tests.test_predict import ACTIONS, OBSERVATIONS, observations
+from tests.test_run import DummyEnv
 
 
 def make_model(**kwargs) -> QSM:
