@@ -1,7 +1,7 @@
 """
 Deterministic returns of the actor beside those of moving averages of its weights, in one training of QSM's defaults.
 
-    python benchmarks/actor_average.py --env Walker2d-v5 --timesteps 100000 --seed 0 --out runs/average
+    python benchmarks/actor_average.py --env Walker2d-v5 --timesteps 100000 --seed 0 --compile --out runs/average
 
 At every evaluation the actor and each average play the same ten episodes. Rows are written to ``ENV-seedSEED.csv``.
 """

@@ -5,6 +5,7 @@ import pytest
 import torch as th
 
 from sb3_qsm import QSM, DDiffPG
+from sb3_qsm.export import PolicyGraph
 from tests.test_predict import ACTIONS, OBSERVATIONS, observations
 from tests.test_run import DummyEnv
 
@@ -77,7 +78,23 @@ def test_settings_of_the_actor_are_those_of_its_average():
     model.actor.sampling_steps = 1
     assert not np.array_equal(before, model.predict(obs, deterministic=True)[0])
     model.actor.sampling_steps = None
+    model.actor.precision = "bf16"
+    assert model.policy.acting(deterministic=True).precision == "bf16"
+    model.actor.precision = "float32"
     np.testing.assert_array_equal(before, model.predict(obs, deterministic=True)[0])
+
+
+@pytest.mark.parametrize("best_of_n", [1, 3])
+def test_what_is_exported_acts_by_it(best_of_n):
+    model = make_model(best_of_n=best_of_n).learn(40)
+    obs = observations(6)
+    graph = PolicyGraph(model.policy)
+    with th.no_grad():
+        np.testing.assert_allclose(graph(th.as_tensor(obs)), model.predict(obs, deterministic=True)[0], atol=1e-6)
+        average, model.policy.actor_ema = model.policy.actor_ema, None
+        other, _ = model.predict(obs, deterministic=True)
+        model.policy.actor_ema = average
+    assert np.abs(other - model.predict(obs, deterministic=True)[0]).max() > 1e-5
 
 
 def test_only_qsm_has_one():
