@@ -497,6 +497,40 @@ def test_report_has_the_numbers_worked_out_by_hand(comparison, monkeypatch):
     assert page.read_text() == included
 
 
+def test_a_run_of_the_comparison_can_pass_a_published_return():
+    def rows(cell, *values):
+        return [
+            {**cell.identity(), "timesteps": str(step), "deterministic_mean": str(value)}
+            for step, value in zip(cell.steps, values, strict=False)
+        ]
+
+    goal = Cell("Hopper-v5", 0, 1000, eval_freq=100, goal=10)
+    slow, fast, other, sac = (
+        Cell("Hopper-v5", 1, 600, eval_freq=100),
+        Cell("Hopper-v5", 2, 600, eval_freq=100),
+        Cell("Walker2d-v5", 3, 600, eval_freq=100),
+        Cell("Hopper-v5", 4, 600, "sac", eval_freq=100),
+    )
+    runs = {
+        goal: [],
+        slow: rows(slow, 1, 2, 12, 13, 14, 15),
+        fast: rows(fast, 1, 12, 12, 13, 14, 2),
+        other: rows(other, 20, 20, 20),
+        sac: rows(sac, 20, 20, 20),
+    }
+    # Above 11 three times running: seed 2 after 400 steps, whatever came later
+    shown = report.published_runs(runs)
+    assert list(shown) == [goal] and shown[goal] == runs[fast][:4]
+    line = "| Hopper-v5 | 10 | 13.0 at 400 | 200 | 13.0 at 400, clearly passed (seed 2 of the comparison) |"
+    assert line in report.published_table(shown)
+    # While there is no such run, and when its own has passed, that is shown
+    runs[fast], runs[slow] = runs[fast][:3], []
+    assert report.published_runs(runs)[goal] == []
+    runs[fast], runs[goal] = rows(fast, 12, 12, 12), rows(goal, 1, 2, 12, 12, 12)
+    assert report.published_runs(runs)[goal] == runs[goal]
+    assert "clearly passed |" in report.published_table(report.published_runs(runs))
+
+
 def test_report_without_a_single_row_says_so(comparison):
     arguments = ["report", str(comparison / "sweep.yml"), "--out", str(comparison / "empty")]
     assert sweep.main(arguments) == 0
