@@ -54,13 +54,13 @@ def test_quickstart_writes_model_curve_video_and_results(tmp_path: Path):
     out = tmp_path / "deep" / "run"
     finished = run_quickstart("--timesteps", "300", "--seed", "1", "--out", str(out))
     assert finished.returncode == 0, finished.stderr
-    assert "InvertedDoublePendulum-v5 after 300 steps" in finished.stdout
+    assert "InvertedPendulum-v5 after 300 steps" in finished.stdout
     assert "random policy" in finished.stdout
 
     results = json.loads((out / "results.json").read_text())
     assert (results["timesteps"], results["seed"]) == (300, 1)
-    # A random policy falls within a few steps, each of which pays at most 10
-    assert 20 < results["random_mean_return"] < 120
+    # A random policy falls within a few steps, each of which pays 1
+    assert 2 < results["random_mean_return"] < 20
     assert results["random_std_return"] > 0
     assert f"{results['mean_return']:.1f} ± {results['std_return']:.1f}" in finished.stdout
 
@@ -80,7 +80,7 @@ def test_quickstart_writes_model_curve_video_and_results(tmp_path: Path):
     if (out / "video.mp4").exists():
         with imageio.get_reader(out / "video.mp4") as video:
             frames = [frame for _, frame in zip(range(20), video, strict=False)]
-            assert video.count_frames() == 15 * 20  # seconds, and the task's frames a second
+            assert video.count_frames() == 15 * 25  # seconds, and the task's frames a second
         assert all(frame.std() > 1 for frame in frames)
         assert any(np.abs(frame.astype(int) - frames[0]).max() > 20 for frame in frames)
     else:
@@ -92,7 +92,7 @@ def test_quickstart_without_a_renderer_says_so_and_succeeds(tmp_path: Path):
     finished = run_quickstart("--timesteps", "120", "--out", str(out), MUJOCO_GL="disable")
     assert finished.returncode == 0, finished.stderr
     (line,) = [line for line in finished.stdout.splitlines() if line.startswith("Video:")]
-    assert "none, because nothing here can render InvertedDoublePendulum-v5 (disable: " in line
+    assert "none, because nothing here can render InvertedPendulum-v5 (disable: " in line
     assert not (out / "video.mp4").exists()
     assert (out / "model.zip").exists()
     assert (out / "learning_curve.png").exists()
