@@ -79,7 +79,7 @@ def seed_int(text: str) -> int:
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Train QSM on one task, evaluate it, draw its learning curve and film it.")
-    parser.add_argument("--env", default="InvertedPendulum-v5", help="Gymnasium id (default: %(default)s)")
+    parser.add_argument("--env", default="HalfCheetah-v5", help="Gymnasium id (default: %(default)s)")
     parser.add_argument("--timesteps", type=positive_int, default=15_000, help="steps of training (default: %(default)s)")
     parser.add_argument("--seed", type=seed_int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument(

@@ -52,7 +52,7 @@ def quickstart(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_quickstart_writes_model_curve_video_and_results(tmp_path: Path):
     out = tmp_path / "deep" / "run"
-    finished = run_quickstart("--timesteps", "300", "--seed", "1", "--out", str(out))
+    finished = run_quickstart("--env", "InvertedPendulum-v5", "--timesteps", "300", "--seed", "1", "--out", str(out))
     assert finished.returncode == 0, finished.stderr
     assert "InvertedPendulum-v5 after 300 steps" in finished.stdout
     assert "random policy" in finished.stdout
@@ -89,7 +89,7 @@ def test_quickstart_writes_model_curve_video_and_results(tmp_path: Path):
 
 def test_quickstart_without_a_renderer_says_so_and_succeeds(tmp_path: Path):
     out = tmp_path / "run"
-    finished = run_quickstart("--timesteps", "120", "--out", str(out), MUJOCO_GL="disable")
+    finished = run_quickstart("--env", "InvertedPendulum-v5", "--timesteps", "120", "--out", str(out), MUJOCO_GL="disable")
     assert finished.returncode == 0, finished.stderr
     (line,) = [line for line in finished.stdout.splitlines() if line.startswith("Video:")]
     assert "none, because nothing here can render InvertedPendulum-v5 (disable: " in line
