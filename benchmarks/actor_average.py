@@ -8,6 +8,7 @@ At every evaluation the actor and each average play the same ten episodes. Rows 
 
 import argparse
 import csv
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_qsm import QSM
+from sb3_qsm.common.gradient_step import average_weight
 
 
 class EvaluateAverages(BaseCallback):
@@ -41,8 +43,8 @@ class EvaluateAverages(BaseCallback):
     @th.no_grad()
     def _on_step(self) -> bool:
         for tau, average in self.averages.items():
-            # As in QSM; called before the update of this step
-            th._foreach_lerp_(average, self.weights, max(tau, 9.0 / (9.0 + self.model._n_updates)))
+            # Called before the update of this step
+            th._foreach_lerp_(average, self.weights, average_weight(tau, self.model._n_updates))
         if self.num_timesteps % self.args.eval_freq == 0:
             own = [weight.clone() for weight in self.weights]
             row = {"timesteps": self.num_timesteps}
@@ -62,7 +64,12 @@ class EvaluateAverages(BaseCallback):
         return True
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """
+    Run the command.
+
+    :param arguments: Command line; by default that of the process
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", required=True)
     parser.add_argument("--timesteps", type=int, required=True)
@@ -71,7 +78,7 @@ def main() -> None:
     parser.add_argument("--eval-freq", type=int, default=2500)
     parser.add_argument("--compile", action="store_true", help="compile the updates")
     parser.add_argument("--out", type=Path, required=True, help="folder of the CSV")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     th.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     callback = EvaluateAverages(args)

@@ -302,16 +302,17 @@ def draw_aggregate(results: Results, path: Path) -> Path:
 
 def published_runs(runs: dict[Cell, list[Row]]) -> dict[Cell, list[Row]]:
     """
-    The runs against published returns: the cell's own, or, while that has not clearly passed it, the run of the comparison with
-    the same algorithm, setting and task that did so in the fewest steps, up to there.
+    The runs against published returns: the cell's own, or, while that has not clearly passed it, the run of the comparison
+    with the same algorithm, setting and task that did so in the fewest steps, up to there.
 
     :param runs: Evaluations by cell
     :return: Evaluations by cell, of the cells with a goal
     """
     shown = {}
     for cell in (cell for cell in runs if cell.goal is not None):
-        others = [rows for other, rows in runs.items() if other.goal is None and (other.name, other.env) == (cell.name, cell.env)]
-        prefixes = [rows[:n] for rows in others for n in range(len(rows) + 1) if cell.passed(rows[:n])]
+        same = [other for other in runs if other.goal is None and (other.name, other.env) == (cell.name, cell.env)]
+        prefixes = [runs[other][:n] for other in same for n in range(len(runs[other]) + 1)]
+        prefixes = [rows for rows in prefixes if cell.passed(rows)]
         if prefixes and not cell.passed(runs[cell]):
             shown[cell] = min(prefixes, key=lambda rows: int(rows[-1]["timesteps"]))
         else:

@@ -1,8 +1,13 @@
 """The moving average of the actor, which acts deterministically."""
 
+import csv
+from functools import partial
+
 import numpy as np
 import pytest
 import torch as th
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_qsm import QSM, DDiffPG
 from sb3_qsm.export import PolicyGraph
@@ -105,3 +110,23 @@ def test_only_qsm_has_one():
     with pytest.raises(ValueError, match="actor_ema must be False, got True"):
         DDiffPG("MlpPolicy", env, policy_kwargs={"actor_ema": True})
     assert DDiffPG("MlpPolicy", env).policy.actor_ema is None
+
+
+def test_the_benchmark_of_averages_agrees_with_the_model(tmp_path, capsys):
+    pytest.importorskip("filelock")
+    actor_average = pytest.importorskip("actor_average")
+    command = ["--env", "Pendulum-v1", "--timesteps", "200", "--eval-freq", "200", "--taus", "0.005", "--out", str(tmp_path)]
+    actor_average.main(command)
+    (row,) = csv.DictReader((tmp_path / "Pendulum-v1-seed0.csv").open())
+    # It evaluates before the update of its last step
+    model = QSM("MlpPolicy", actor_average.make_env("Pendulum-v1"), seed=0, device="cpu").learn(199)
+    env = make_vec_env(partial(actor_average.make_env, "Pendulum-v1"), 10, seed=10_000)
+    for column, average in (("0.005", model.policy.actor_ema), ("actor", model.actor)):
+        model.policy.actor_ema = average
+        env.seed(10_000)
+        mean, std = evaluate_policy(model, env, 10)
+        assert (row[f"{column}_mean"], row[f"{column}_std"]) == (f"{mean:.1f}", f"{std:.1f}")
+    assert row["actor_mean"] != row["0.005_mean"]
+    with pytest.raises(SystemExit):
+        actor_average.main(command)
+    assert "Pendulum-v1-seed0.csv exists" in capsys.readouterr().err

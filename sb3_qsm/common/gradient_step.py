@@ -175,6 +175,18 @@ def adam_state(optimizer: th.optim.Optimizer, parameter: th.Tensor) -> dict[str,
     return state
 
 
+def average_weight(tau: float, n_updates: int) -> float:
+    """
+    Weight of the newest parameters in a moving average. At first the average covers the last tenth of the updates that there
+    were, so that it does not lag behind a network that has just begun to learn.
+
+    :param tau: The weight in the long run, between 0 and 1
+    :param n_updates: Updates so far
+    :return: Weight, 1 without any update
+    """
+    return max(tau, 9.0 / (9.0 + n_updates))
+
+
 class PolyakUpdate:
     """
     Polyak update of a target network; running statistics follow at once, see SB3 issue #996.

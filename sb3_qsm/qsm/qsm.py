@@ -16,7 +16,7 @@ from stable_baselines3.common.type_aliases import (
 from torch import nn
 
 from sb3_qsm.common.buffers import replay_buffer_for
-from sb3_qsm.common.gradient_step import GradientStep, PolyakUpdate
+from sb3_qsm.common.gradient_step import GradientStep, PolyakUpdate, average_weight
 from sb3_qsm.common.losses import CriticLoss, Metrics, Transitions, UpdateNoise
 from sb3_qsm.common.performance import check_compiler, check_precision
 from sb3_qsm.common.policies import DiffusionPolicy, QCritic, check_sampling_steps
@@ -445,9 +445,9 @@ class QSM(OfflineTraining):
         return metrics
 
     def _update_actor_ema(self) -> None:
-        """One step of the actor's moving average; at first it covers the last tenth of all steps there were."""
+        """One step of the actor's moving average."""
         if self._actor_average is not None:
-            self._actor_average(max(self.tau, 9.0 / (9.0 + self._n_updates // self.policy_delay)))
+            self._actor_average(average_weight(self.tau, self._n_updates // self.policy_delay))
 
     def learn(
         self: SelfQSM,
