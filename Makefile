@@ -28,7 +28,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-quickstart: $(VENV)/.quickstart  ## Train QSM on MuJoCo (five to nine minutes), evaluate it, draw the curve, film it
+quickstart: $(VENV)/.quickstart  ## Train QSM on MuJoCo (ten minutes on a slow core), evaluate it, draw the curve, film it
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: $(VENV)/.dev  ## Run the fast tests and report coverage

@@ -224,14 +224,17 @@ def _save(figure: Figure, path: Path) -> Path:
 
 def draw_curves(results: Results, path: Path) -> Path:
     """
-    Draw the learning curves task by task: mean and 95 % confidence band over the finished seeds, the others as thin lines.
+    Draw the learning curves of the tasks that were begun: mean and 95 % confidence band over the finished seeds, the others
+    as thin lines.
 
     :param results: Results
     :param path: Picture
     :return: The picture
     """
-    figure, axes = _grid(len(results.envs))
-    for env, axis in zip(results.envs, axes, strict=True):
+    begun = {cell.env for cell, rows in results.runs.items() if rows}
+    envs = [env for env in results.envs if env in begun]
+    figure, axes = _grid(len(envs))
+    for env, axis in zip(envs, axes, strict=True):
         for algo, style in _style(results.algos).items():
             for cell, rows in results.cells(algo, env).items():
                 if rows and not cell.finished(rows):
@@ -286,7 +289,7 @@ def draw_aggregate(results: Results, path: Path) -> Path:
             point, bounds = improvement(results, algo)
             if bounds is not None:
                 right.barh(len(labels), np.ptp(bounds), 0.25, left=bounds.min(), color=style["color"], alpha=0.4)
-            right.plot(point, [len(labels)], "o", color=style["color"])
+            right.plot(point, [len(labels)], "o", color=style["color"], clip_on=False)
             labels.append(style["label"] + _of_tasks(results, tasks))
     for value in (0, 1):
         left.axhline(value, color="0.6", linewidth=0.8)
@@ -303,7 +306,8 @@ def draw_aggregate(results: Results, path: Path) -> Path:
 def published_runs(runs: dict[Cell, list[Row]]) -> dict[Cell, list[Row]]:
     """
     The runs against published returns: the cell's own, or, while that has not clearly passed it, the run of the comparison
-    with the same algorithm, setting and task that did so in the fewest steps, up to there.
+    with the same algorithm, setting and task that did so in the fewest steps, up to there. While there is neither, the
+    longest.
 
     :param runs: Evaluations by cell
     :return: Evaluations by cell, of the cells with a goal
@@ -311,12 +315,12 @@ def published_runs(runs: dict[Cell, list[Row]]) -> dict[Cell, list[Row]]:
     shown = {}
     for cell in (cell for cell in runs if cell.goal is not None):
         same = [other for other in runs if other.goal is None and (other.name, other.env) == (cell.name, cell.env)]
-        prefixes = [runs[other][:n] for other in same for n in range(len(runs[other]) + 1)]
-        prefixes = [rows for rows in prefixes if cell.passed(rows)]
+        others = [runs[other] for other in same]
+        prefixes = [rows[:n] for rows in others for n in range(len(rows) + 1) if cell.passed(rows[:n])]
         if prefixes and not cell.passed(runs[cell]):
             shown[cell] = min(prefixes, key=lambda rows: int(rows[-1]["timesteps"]))
         else:
-            shown[cell] = runs[cell]
+            shown[cell] = runs[cell] or max(others, key=len, default=[])
     return shown
 
 
@@ -452,9 +456,9 @@ def published_table(runs: dict[Cell, list[Row]]) -> str:
             best = int(values.argmax())
             above = np.flatnonzero(values > cell.goal)
             state = "finished" if cell.finished(evaluations) else "unfinished"
-            if cell.passed(evaluations):
-                own = evaluations[-1]["total_timesteps"] == str(cell.timesteps)
-                state = "clearly passed" + ("" if own else f" (seed {evaluations[-1]['seed']} of the comparison)")
+            state = "clearly passed" if cell.passed(evaluations) else state
+            if evaluations[-1]["total_timesteps"] != str(cell.timesteps):
+                state += f" (seed {evaluations[-1]['seed']} of the comparison)"
             line += [
                 f"{_number(values[best])} at {steps(evaluations)[best]:,}",
                 f"{steps(evaluations)[above[0]]:,}" if len(above) else "not yet",

@@ -9,6 +9,7 @@ Everything is written to one new folder (see ``--out``): ``model.zip``, ``learni
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -145,6 +146,14 @@ def find_renderer(env_id: str) -> str | None:
     return "; ".join(failures)
 
 
+def show_warnings_once() -> None:
+    """Let MuJoCo say a warning once, not for each copy of the task, and not in a file of the current folder."""
+    if find_spec("mujoco") is not None:
+        import mujoco
+
+        mujoco.set_mju_user_warning(functools.cache(lambda text: print(f"MuJoCo warns: {text}", file=sys.stderr)))
+
+
 def check_id(env_id: str) -> None:
     """Refuse an id that Gymnasium does not know."""
     import gymnasium as gym
@@ -242,6 +251,7 @@ def run(args: argparse.Namespace) -> None:
     check_id(args.env)
     # Before anything imports MuJoCo.
     no_renderer = find_renderer(args.env)
+    show_warnings_once()
 
     import torch as th
     from stable_baselines3.common.callbacks import EvalCallback

@@ -87,6 +87,27 @@ def test_quickstart_writes_model_curve_video_and_results(tmp_path: Path):
         assert "nothing here can render" in finished.stdout
 
 
+def test_a_warning_of_mujoco_is_shown_once(quickstart: ModuleType, capfd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import mujoco
+
+    monkeypatch.chdir(tmp_path)
+    falling = "<mujoco><worldbody><body><freejoint/><geom size='1'/></body></worldbody></mujoco>"
+    model = mujoco.MjModel.from_xml_string(falling)
+    previous = mujoco.get_mju_user_warning()
+    try:
+        quickstart.show_warnings_once()
+        for _ in range(3):
+            data = mujoco.MjData(model)
+            data.qvel[0] = np.nan
+            mujoco.mj_step(model, data)
+    finally:
+        mujoco.set_mju_user_warning(previous)
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(r"MuJoCo warns: .*QVEL.*\n", printed.err)
+    assert not any(tmp_path.iterdir())
+
+
 def test_quickstart_without_a_renderer_says_so_and_succeeds(tmp_path: Path):
     out = tmp_path / "run"
     finished = run_quickstart("--env", "InvertedPendulum-v5", "--timesteps", "120", "--out", str(out), MUJOCO_GL="disable")

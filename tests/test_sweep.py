@@ -523,12 +523,16 @@ def test_a_run_of_the_comparison_can_pass_a_published_return():
     assert list(shown) == [goal] and shown[goal] == runs[fast][:4]
     line = "| Hopper-v5 | 10 | 13.0 at 400 | 200 | 13.0 at 400, clearly passed (seed 2 of the comparison) |"
     assert line in report.published_table(shown)
-    # While there is no such run, and when its own has passed, that is shown
-    runs[fast], runs[slow] = runs[fast][:3], []
-    assert report.published_runs(runs)[goal] == []
+    # None passed: the longest, or its own
+    runs[fast], runs[slow] = runs[fast][:3], runs[slow][:4]
+    shown = report.published_runs(runs)
+    assert shown[goal] == runs[slow]
+    assert "| 13.0 at 400, unfinished (seed 1 of the comparison) |" in report.published_table(shown)
+    runs[goal] = rows(goal, 5)
+    assert report.published_runs(runs)[goal] == runs[goal]
     runs[fast], runs[goal] = rows(fast, 12, 12, 12), rows(goal, 1, 2, 12, 12, 12)
     assert report.published_runs(runs)[goal] == runs[goal]
-    assert "clearly passed |" in report.published_table(report.published_runs(runs))
+    assert "12.0 at 500, clearly passed |" in report.published_table(report.published_runs(runs))
 
 
 def test_report_without_a_single_row_says_so(comparison):
