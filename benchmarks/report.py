@@ -30,6 +30,8 @@ COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#00
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2)))
 BOOTSTRAPS = 2000
 BEGIN, END = "<!-- sweep results: begin -->", "<!-- sweep results: end -->"
+# Marks on lines of their own: a text may speak of them
+BLOCK = re.compile(f"^{BEGIN}$.*?^{END}$", re.DOTALL | re.MULTILINE)
 
 
 class Results:
@@ -48,6 +50,8 @@ class Results:
         self.timesteps = lengths[0] if lengths else 0
         self.algos = list(dict.fromkeys(cell.name for cell in self.runs))
         self.envs = list(dict.fromkeys(cell.env for cell in self.runs))
+        #: Seeds of the algorithm and task that have the most
+        self.n_seeds = max((len(self.finished(algo, env)) for algo in self.algos for env in self.envs), default=0)
         random: dict[str, list[float]] = {}
         for cell, rows in runs.items():
             if cell.algo == RANDOM and rows:
@@ -306,19 +310,22 @@ def draw_aggregate(results: Results, path: Path) -> Path:
 def published_runs(runs: dict[Cell, list[Row]]) -> dict[Cell, list[Row]]:
     """
     The runs against published returns: the cell's own, or, while that has not clearly passed it, the run of the comparison
-    with the same algorithm, setting and task that did so in the fewest steps, up to there. While there is neither, the
-    longest.
+    that is the same but for its length, up to where it has. While nothing passed, the cell's own if it was begun.
 
     :param runs: Evaluations by cell
     :return: Evaluations by cell, of the cells with a goal
     """
     shown = {}
     for cell in (cell for cell in runs if cell.goal is not None):
-        same = [other for other in runs if other.goal is None and (other.name, other.env) == (cell.name, cell.env)]
-        others = [runs[other] for other in same]
-        prefixes = [rows[:n] for rows in others for n in range(len(rows) + 1) if cell.passed(rows[:n])]
-        if prefixes and not cell.passed(runs[cell]):
-            shown[cell] = min(prefixes, key=lambda rows: int(rows[-1]["timesteps"]))
+        identity = {**cell.identity(), "total_timesteps": ""}
+        others = [
+            rows
+            for other, rows in runs.items()
+            if other.goal is None and {**other.identity(), "total_timesteps": ""} == identity
+        ]
+        passed = [rows[:n] for rows in others for n in range(len(rows) + 1) if cell.passed(rows[:n])]
+        if passed and not cell.passed(runs[cell]):
+            shown[cell] = passed[0]
         else:
             shown[cell] = runs[cell] or max(others, key=len, default=[])
     return shown
@@ -415,7 +422,8 @@ def comparison_tables(results: Results) -> str:
         low = results.random.get(env)
         finals = [_final_returns(results.cells(algo, env)) for algo in results.algos]
         rows.append([env, *finals, "" if low is None else _number(low)])
-    text = f"Return after {results.timesteps:,} steps, mean ± standard deviation over seeds:\n\n"
+    several = results.n_seeds > 1
+    text = f"Return after {results.timesteps:,} steps{', mean ± standard deviation over seeds' if several else ''}:\n\n"
     text += _table(["task", *header, "random policy"], rows)
     scored = [algo for algo in results.algos if results.tasks(algo)]
     if not scored:
@@ -437,7 +445,12 @@ def comparison_tables(results: Results) -> str:
             ]
         )
     columns = ["IQM of score", "lowest task", "probability of improvement over SAC", "tasks", "seeds"]
-    text += "\n\nScore, normalised so that a random policy has 0 and SAC's mean has 1, with 95 % confidence intervals:\n\n"
+    text += "\n\nScore, normalised so that a random policy has 0 and SAC's mean has 1"
+    text += (
+        ", with 95 % confidence intervals:\n\n"
+        if several
+        else ". One seed gives no confidence intervals, and of fewer than four runs the interquartile mean is the mean:\n\n"
+    )
     return text + _table(["", *columns], rows) + "\n"
 
 
@@ -455,10 +468,11 @@ def published_table(runs: dict[Cell, list[Row]]) -> str:
             values = returns(cell, evaluations)
             best = int(values.argmax())
             above = np.flatnonzero(values > cell.goal)
-            state = "finished" if cell.finished(evaluations) else "unfinished"
+            length = evaluations[-1]["total_timesteps"]
+            state = "not clearly passed" if evaluations[-1]["timesteps"] == length else "unfinished"
             state = "clearly passed" if cell.passed(evaluations) else state
-            if evaluations[-1]["total_timesteps"] != str(cell.timesteps):
-                state += f" (seed {evaluations[-1]['seed']} of the comparison)"
+            if length != str(cell.timesteps):
+                state += f" (the run of {int(length):,} steps)"
             line += [
                 f"{_number(values[best])} at {steps(evaluations)[best]:,}",
                 f"{steps(evaluations)[above[0]]:,}" if len(above) else "not yet",
@@ -512,7 +526,7 @@ def write_report(cells: Sequence[Cell], raw: Path, out: Path, include: Sequence[
     """
     texts = {path: path.read_text(encoding="utf-8") for path in include}
     for path, text in texts.items():
-        if not re.search(f"{BEGIN}.*{END}", text, re.DOTALL):
+        if not BLOCK.search(text):
             raise CellError(f"{path} lacks the marks {BEGIN} and {END}")
     mpl.rcParams.update({"font.size": 9, "axes.titlesize": 10})
     runs = {cell: read_rows(cell.path(raw), cell) for cell in cells}
@@ -524,7 +538,8 @@ def write_report(cells: Sequence[Cell], raw: Path, out: Path, include: Sequence[
     if results.runs:
         if any(results.runs.values()):
             picture = draw_curves(results, out / "curves.png")
-            parts.append(("Learning curves: mean and its 95 % confidence interval over finished seeds", picture))
+            band = ": mean and its 95 % confidence interval over finished seeds" if results.n_seeds > 1 else ", one seed"
+            parts.append((f"Learning curves{band}", picture))
         parts.append(comparison_tables(results))
         if any(results.tasks(algo) for algo in results.algos):
             picture = draw_aggregate(results, out / "aggregate.png")
@@ -545,5 +560,5 @@ def write_report(cells: Sequence[Cell], raw: Path, out: Path, include: Sequence[
     (out / "README.md").write_text(f"# Results of the sweep\n\n{body(out)}", encoding="utf-8")
     for path, text in texts.items():
         block = f"{BEGIN}\n{body(path.parent)}{END}"
-        path.write_text(re.sub(f"{BEGIN}.*{END}", lambda _, block=block: block, text, flags=re.DOTALL), encoding="utf-8")
+        path.write_text(BLOCK.sub(lambda _, block=block: block, text), encoding="utf-8")
     print(f"wrote {out / 'README.md'}" + "".join(f" and {path}" for path in include))

@@ -148,10 +148,13 @@ def find_renderer(env_id: str) -> str | None:
 
 def show_warnings_once() -> None:
     """Let MuJoCo say a warning once, not for each copy of the task, and not in a file of the current folder."""
-    if find_spec("mujoco") is not None:
-        import mujoco
+    if find_spec("mujoco") is None:
+        return
+    import mujoco
 
-        mujoco.set_mju_user_warning(functools.cache(lambda text: print(f"MuJoCo warns: {text}", file=sys.stderr)))
+    show = functools.cache(lambda text: print(f"MuJoCo warns: {text}", file=sys.stderr))
+    # Some end with the time in the simulation
+    mujoco.set_mju_user_warning(lambda text: show(text.partition(" Time = ")[0]))
 
 
 def check_id(env_id: str) -> None:

@@ -50,6 +50,16 @@ def quickstart(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+def test_the_defaults_of_the_quickstart_are_the_documented_ones(quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["quickstart.py"])
+    args = quickstart.parse_args()
+    quickstart.check_id(args.env)
+    page = (SCRIPT.parents[1] / "docs" / "quickstart.md").read_text("utf-8")
+    for name in ("env", "timesteps", "seed", "out"):
+        (default,) = re.findall(rf"\| `--{name}` \| `?([^`|]*?)`? \|", page)
+        assert str(getattr(args, name)) == default
+
+
 def test_quickstart_writes_model_curve_video_and_results(tmp_path: Path):
     out = tmp_path / "deep" / "run"
     finished = run_quickstart("--env", "InvertedPendulum-v5", "--timesteps", "300", "--seed", "1", "--out", str(out))
@@ -96,8 +106,9 @@ def test_a_warning_of_mujoco_is_shown_once(quickstart: ModuleType, capfd, tmp_pa
     previous = mujoco.get_mju_user_warning()
     try:
         quickstart.show_warnings_once()
-        for _ in range(3):
+        for n_steps in range(3):
             data = mujoco.MjData(model)
+            mujoco.mj_step(model, data, n_steps)
             data.qvel[0] = np.nan
             mujoco.mj_step(model, data)
     finally:

@@ -457,7 +457,8 @@ def test_report_has_the_numbers_worked_out_by_hand(comparison, monkeypatch):
     monkeypatch.setattr(report, "BOOTSTRAPS", 300)
     page = comparison / "docs" / "page.md"
     page.parent.mkdir()
-    page.write_text(f"before\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
+    after = f"the block between `{report.BEGIN}` and `{report.END}` is renewed"
+    page.write_text(f"before\n\n{report.BEGIN}\nold\n{report.END}\n\n{after}\n")
     arguments = ["report", str(comparison / "sweep.yml"), "--out", str(comparison / "out"), "--include", str(page)]
     assert sweep.main(arguments) == 0
     text = (comparison / "out" / "README.md").read_text()
@@ -482,7 +483,7 @@ def test_report_has_the_numbers_worked_out_by_hand(comparison, monkeypatch):
     assert "17 of 21 runs are finished. 0 went on from a checkpoint" in text
 
     included = page.read_text()
-    assert included.startswith(f"before\n\n{report.BEGIN}\n") and included.endswith(f"{report.END}\n\nafter\n")
+    assert included.startswith(f"before\n\n{report.BEGIN}\n") and included.endswith(f"{report.END}\n\n{after}\n")
     assert "| Pendulum-v1 | 160 ± 10.0 |" in included and "old" not in included
     pictures = re.findall(r"!\[.*\]\((.*)\)", included)
     assert pictures == [f"../out/{name}.png" for name in ("curves", "aggregate", "published")]
@@ -505,34 +506,33 @@ def test_a_run_of_the_comparison_can_pass_a_published_return():
         ]
 
     goal = Cell("Hopper-v5", 0, 1000, eval_freq=100, goal=10)
-    slow, fast, other, sac = (
+    same = Cell("Hopper-v5", 0, 600, eval_freq=100)
+    others = [
         Cell("Hopper-v5", 1, 600, eval_freq=100),
-        Cell("Hopper-v5", 2, 600, eval_freq=100),
-        Cell("Walker2d-v5", 3, 600, eval_freq=100),
-        Cell("Hopper-v5", 4, 600, "sac", eval_freq=100),
-    )
-    runs = {
-        goal: [],
-        slow: rows(slow, 1, 2, 12, 13, 14, 15),
-        fast: rows(fast, 1, 12, 12, 13, 14, 2),
-        other: rows(other, 20, 20, 20),
-        sac: rows(sac, 20, 20, 20),
-    }
-    # Above 11 three times running: seed 2 after 400 steps, whatever came later
+        Cell("Hopper-v5", 0, 600, kwargs={"gamma": 0.9}, eval_freq=100),
+        Cell("Hopper-v5", 0, 600, eval_freq=50),
+        Cell("Walker2d-v5", 0, 600, eval_freq=100),
+        Cell("Hopper-v5", 0, 600, "sac", eval_freq=100),
+    ]
+    runs = {goal: [], same: rows(same, 1, 12, 12, 13, 14, 2), **{cell: rows(cell, 20, 20, 20) for cell in others}}
+    # Above 11 three times running after 400 steps, whatever came later
     shown = report.published_runs(runs)
-    assert list(shown) == [goal] and shown[goal] == runs[fast][:4]
-    line = "| Hopper-v5 | 10 | 13.0 at 400 | 200 | 13.0 at 400, clearly passed (seed 2 of the comparison) |"
+    assert list(shown) == [goal] and shown[goal] == runs[same][:4]
+    line = "| Hopper-v5 | 10 | 13.0 at 400 | 200 | 13.0 at 400, clearly passed (the run of 600 steps) |"
     assert line in report.published_table(shown)
-    # None passed: the longest, or its own
-    runs[fast], runs[slow] = runs[fast][:3], runs[slow][:4]
-    shown = report.published_runs(runs)
-    assert shown[goal] == runs[slow]
-    assert "| 13.0 at 400, unfinished (seed 1 of the comparison) |" in report.published_table(shown)
+    # While it has not passed it is shown as far as it is, and its own as soon as there is one
+    for values, state in (((12, 12), "12.0 at 200, unfinished"), ((1, 2, 3, 4, 5, 12), "12.0 at 600, not clearly passed")):
+        runs[same] = rows(same, *values)
+        shown = report.published_runs(runs)
+        assert shown[goal] == runs[same]
+        assert f"| {state} (the run of 600 steps) |" in report.published_table(shown)
     runs[goal] = rows(goal, 5)
     assert report.published_runs(runs)[goal] == runs[goal]
-    runs[fast], runs[goal] = rows(fast, 12, 12, 12), rows(goal, 1, 2, 12, 12, 12)
+    runs[same], runs[goal] = rows(same, 12, 12, 12), rows(goal, 1, 2, 12, 12, 12)
     assert report.published_runs(runs)[goal] == runs[goal]
     assert "12.0 at 500, clearly passed |" in report.published_table(report.published_runs(runs))
+    del runs[same], runs[goal]
+    assert report.published_runs({goal: [], **runs}) == {goal: []}
 
 
 def test_report_without_a_single_row_says_so(comparison):
