@@ -498,7 +498,7 @@ def provenance(runs: dict[Cell, list[Row]]) -> str:
     """
     finished = sum(cell.finished(rows) for cell, rows in runs.items())
     rows = [row for evaluations in runs.values() for row in evaluations]
-    text = f"{finished} of {len(runs)} runs are finished."
+    text = f"{finished} of the {len(runs)} runs covered here are finished."
     if not rows:
         return text + "\n"
 

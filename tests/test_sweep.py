@@ -480,7 +480,7 @@ def test_report_has_the_numbers_worked_out_by_hand(comparison, monkeypatch):
     assert "| TD3 | 0.40 | 0.40 (Pendulum-v1) | 0.00 | 1 of 2 | 1 |" in text
     assert "| Hopper-v5 | 10 | 14.0 at 500 | 200 | 14.0 at 500, clearly passed |" in text
     assert "| Ant-v5 | 7 |" in text and text.count("not begun") == 2
-    assert "17 of 21 runs are finished. 0 went on from a checkpoint" in text
+    assert "17 of the 21 runs covered here are finished. 0 went on from a checkpoint" in text
 
     included = page.read_text()
     assert included.startswith(f"before\n\n{report.BEGIN}\n") and included.endswith(f"{report.END}\n\n{after}\n")
@@ -541,7 +541,7 @@ def test_report_without_a_single_row_says_so(comparison):
     text = (comparison / "empty" / "README.md").read_text()
     assert "| Pendulum-v1 | not begun | not begun | not begun |  |  |" in text
     assert "No task has a normalised score yet" in text
-    assert "0 of 21 runs are finished." in text
+    assert "0 of the 21 runs covered here are finished." in text
     assert [path.name for path in (comparison / "empty").iterdir()] == ["README.md"]
 
 
