@@ -482,6 +482,8 @@ def test_report_has_the_numbers_worked_out_by_hand(comparison, monkeypatch):
     assert "| Ant-v5 | 7 |" in text and text.count("not begun") == 2
     assert "17 of the 21 runs covered here are finished. 0 went on from a checkpoint" in text
 
+    assert "steps, mean ± standard deviation over seeds:" in text and "with 95 % confidence intervals:" in text
+
     included = page.read_text()
     assert included.startswith(f"before\n\n{report.BEGIN}\n") and included.endswith(f"{report.END}\n\n{after}\n")
     assert "| Pendulum-v1 | 160 ± 10.0 |" in included and "old" not in included
@@ -496,6 +498,23 @@ def test_report_has_the_numbers_worked_out_by_hand(comparison, monkeypatch):
     assert sweep.main(arguments) == 0
     assert before == {path: path.read_bytes() for path in (comparison / "out").glob("*.*")}
     assert page.read_text() == included
+
+
+def test_one_seed_is_not_reported_with_intervals(comparison):
+    arguments = ["report", str(comparison / "sweep.yml"), "--only", "seed=0", "--out", str(comparison / "out")]
+    assert sweep.main(arguments) == 0
+    text = (comparison / "out" / "README.md").read_text()
+    assert "![Learning curves, one seed](curves.png)" in text
+    assert "One seed gives no confidence intervals" in text
+    assert "±" not in text and "95 %" not in text
+    # Pendulum: 150 by SAC's 90; CartPole: 100 by SAC's 0, from the random policy's -100 on
+    assert "| QSM | 1.83 | 1.67 (Pendulum-v1) | 1.00 | 2 of 2 | 1 |" in text
+    # A task that was not begun has no picture of its own
+    two = imread(comparison / "out" / "curves.png").shape
+    for path in (comparison / "out" / "raw").glob("*CartPole*"):
+        path.unlink()
+    assert sweep.main(arguments) == 0
+    assert imread(comparison / "out" / "curves.png").shape[1] < 0.7 * two[1]
 
 
 def test_a_run_of_the_comparison_can_pass_a_published_return():
