@@ -47,7 +47,12 @@ def main() -> None:
             "noise_schedule": "cosine",
             "sampler": "ddpm_x0",
             "net_arch": "medium",
-            "batch_size_pow": 8,
+            "batch_size_pow": 8,  # 2**8
+            "learning_rate": 3e-4,
+            "tau": 0.005,
+            "one_minus_gamma": 0.01,
+            "exploration_noise": 0.1,
+            "target_policy_noise": 0.0,
         }
     )
     study.optimize(objective, n_trials=args.trials)

@@ -140,6 +140,12 @@ def test_unbounded_actions(low):
         make_model(DummyEnv(BOX, spaces.Box(low, np.inf, (2,))))
 
 
+def test_an_action_that_cannot_vary():
+    space = spaces.Box(np.array([-1.0, 2.0], dtype=np.float32), np.array([1.0, 2.0], dtype=np.float32))
+    with pytest.raises(ValueError, match=r"action_space: .* got low=\[-1.  2.\] and high=\[1. 2.\]"):
+        make_model(DummyEnv(BOX, space))
+
+
 def test_policy_that_does_not_fit_the_observations():
     env = DummyEnv(spaces.Dict({"a": BOX}), BOX)
     with pytest.raises(ValueError, match="You must use `MultiInputPolicy`"):

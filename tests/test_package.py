@@ -98,6 +98,16 @@ def test_import_is_light():
     assert not heavy & set(modules)
 
 
+@pytest.mark.parametrize("missing", ["optuna", "rl_zoo3"])
+def test_command_line_without_its_extra(missing: str):
+    code = f"import sys; sys.modules[{missing!r}] = None; from sb3_qsm.__main__ import main; sys.exit(main())"
+    finished = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert finished.returncode == 1
+    assert finished.stderr.startswith('sb3-qsm: error: the command line needs pip install "sb3-qsm[zoo]"')
+    assert finished.stderr.count("\n") == 1
+    assert missing in finished.stderr
+
+
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path):
     assert wheel.name == f"sb3_qsm-{sb3_qsm.__version__}-py3-none-any.whl"
     info = f"sb3_qsm-{sb3_qsm.__version__}.dist-info"
@@ -117,8 +127,6 @@ def test_wheel_ships_the_hyperparameters_unchanged(wheel: Path):
 
 
 def test_console_scripts_of_the_wheel_exist(wheel: Path):
-    # What a console script imports belongs to the extra `zoo`
-    pytest.importorskip("rl_zoo3")
     entry_points = configparser.ConfigParser()
     with zipfile.ZipFile(wheel) as archive:
         entry_points.read_string(archive.read(f"sb3_qsm-{sb3_qsm.__version__}.dist-info/entry_points.txt").decode())

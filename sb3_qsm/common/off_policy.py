@@ -121,6 +121,13 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
                 self._check_number(name, 0.0)
         self._check_integer("learning_starts", 0)
         self._check_integer("gradient_steps", -1)
+        space = self.action_space
+        # Stable-Baselines3 has refused all others
+        assert isinstance(space, spaces.Box)
+        if (space.low >= space.high).any():
+            raise ValueError(
+                f"action_space: each component's low must be below its high, got low={space.low} and high={space.high}"
+            )
         twice = sorted(set(self._diffusion_kwargs()) & set(self.policy_kwargs))
         if twice:
             raise ValueError(f"Pass {', '.join(twice)} to {type(self).__name__} itself, not in policy_kwargs")

@@ -76,6 +76,7 @@ class DiffusionActor(BasePolicy):
     :param time_arch: Layers of the embedding of the diffusion step
     :param xavier: Whether to start from Xavier-uniform kernels and zero biases, as the official QSM code does, instead of
         PyTorch's initialisation
+    :raises ValueError: if the sampler or the schedule is unknown, or a number is out of its range
     """
 
     action_space: spaces.Box
@@ -353,6 +354,7 @@ class DiffusionPolicy(BasePolicy):
     :param time_arch: Layers of the embedding of the diffusion step
     :param xavier: Whether to start from Xavier-uniform kernels and zero biases, as the official QSM code does, instead of
         PyTorch's initialisation
+    :raises ValueError: if the sampler or the schedule is unknown, or a number is out of its range
     """
 
     #: Features extractor when none is given

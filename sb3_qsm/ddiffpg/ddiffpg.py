@@ -125,6 +125,7 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :raises ImportError: if ``dtaidistance`` or SciPy is not installed
     :raises ValueError: if an argument is out of its range; the message names it, its value and what is allowed
+    :raises AssertionError: if the actions are no bounded ``Box`` (by Stable-Baselines3)
     """
 
     own_argument = "clustering_freq"

@@ -126,9 +126,9 @@ class QSM(OfflineTraining):
     :param exploration_initial_eps: Probability that an action is uniformly random instead, at step 0; it falls linearly to
         zero. Until ``learning_starts`` all actions are random anyway
     :param exploration_decay_steps: Environment step at which that probability is zero
-    :param compile: Compile losses, gradients and the steps of Adam with ``torch.compile``, which needs a C++ compiler, about
-        a minute at the first gradient step, less when the same update was compiled before, and a features extractor without
-        parameters. Gradients are not kept in ``parameter.grad`` then
+    :param compile: Compile losses, gradients and the steps of Adam with ``torch.compile``, which needs a C++ compiler, a
+        minute or two at the first gradient step, less when the same update was compiled before, and a features extractor
+        without parameters. Gradients are not kept in ``parameter.grad`` then
     :param precision: ``"float32"``, or ``"bf16"`` for matrix products with bfloat16 operands: parameters, optimizers and the
         critics' targets stay in float32. Applies to acting too where there are 32 observations or more
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
@@ -139,6 +139,7 @@ class QSM(OfflineTraining):
     :param device: Device (cpu, cuda, ...) on which the code should be run; ``"auto"`` uses the GPU if possible
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :raises ValueError: if an argument is out of its range; the message names it, its value and what is allowed
+    :raises AssertionError: if the actions are no bounded ``Box`` (by Stable-Baselines3)
     """
 
     own_argument = "score_target"
@@ -251,8 +252,8 @@ class QSM(OfflineTraining):
     @staticmethod
     def paper_hyperparameters(total_timesteps: int = 1_000_000) -> dict[str, Any]:
         """
-        Constructor arguments of the official QSM code (arXiv 2312.11752), for ``QSM("MlpPolicy", env, **...)``. The paper uses
-        ``q_grad_coef=120`` for quadruped and humanoid walk.
+        Constructor arguments of the official QSM code (arXiv 2312.11752, https://github.com/Alescontrela/score_matching_rl at
+        2e77893), for ``QSM("MlpPolicy", env, **...)``. The paper uses ``q_grad_coef=120`` for quadruped and humanoid walk.
 
         :param total_timesteps: Environment steps of the training, which the decay of the actor's learning rate needs
         :return: Keyword arguments
