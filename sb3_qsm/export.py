@@ -52,7 +52,8 @@ def to_onnx(
     :param vec_normalize: Statistics of observations; by default those of the model's environment, if it has any
     :param opset_version: Version of ONNX's operators; by default PyTorch's
     :raises TypeError: if the model has no diffusion policy, or ``vec_normalize`` is none
-    :raises ValueError: if an argument is out of its range, or ``vec_normalize`` does not fit the model
+    :raises ValueError: if an argument is out of its range, or ``vec_normalize`` does not fit the model or is missing for
+        one of :meth:`sb3_qsm.QSM.load_safe`
     :raises ImportError: if onnx or onnxscript is not installed
     :raises OSError: if the file cannot be written
     """
@@ -103,7 +104,8 @@ def to_torch_export(
     :param sampling_steps: Number of DDIM steps, at most T; by default as the model acts
     :param vec_normalize: Statistics of observations; by default those of the model's environment, if it has any
     :raises TypeError: if the model has no diffusion policy, or ``vec_normalize`` is none
-    :raises ValueError: if an argument is out of its range, or ``vec_normalize`` does not fit the model
+    :raises ValueError: if an argument is out of its range, or ``vec_normalize`` does not fit the model or is missing for
+        one of :meth:`sb3_qsm.QSM.load_safe`
     """
     program = _export(model, deterministic, sampling_steps, vec_normalize)
     # Not straight to the file: PyTorch's writer ends the process when the disk is full
@@ -187,6 +189,12 @@ def _export(
     check_sampling_steps(sampling_steps, policy.actor.diffusion_steps)
     if vec_normalize is None and isinstance(model, OffPolicyAlgorithm):
         vec_normalize = model.get_vec_normalize_env()
+        statistics = vars(model).get("_loaded_statistics")
+        if vec_normalize is None and statistics is not None and statistics["arguments"]["norm_obs"]:
+            raise ValueError(
+                "vec_normalize is needed: the model was trained with VecNormalize, whose statistics came with its file, but "
+                "has no environment with them; pass load_vec_normalize(file, venv), or model.policy to export it without"
+            )
     elif vec_normalize is not None and not isinstance(vec_normalize, VecNormalize):
         raise TypeError(f"vec_normalize must be a VecNormalize, got {type(vec_normalize).__name__}")
     if vec_normalize is not None and not vec_normalize.norm_obs:

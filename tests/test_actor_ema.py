@@ -1,5 +1,6 @@
 """The moving average of the actor, which acts deterministically."""
 
+import copy
 import csv
 from functools import partial
 
@@ -48,6 +49,36 @@ def test_training_is_the_same_without_it():
     assert models[1].policy.actor_ema is None
     np.testing.assert_array_equal(*(weights(model.actor) for model in models))
     np.testing.assert_array_equal(*(weights(model.critic) for model in models))
+
+
+@pytest.mark.parametrize("form", ["", "_safe"])
+def test_switching_it_when_a_model_is_loaded(tmp_path, form):
+    if form:
+        pytest.importorskip("safetensors")
+    load = getattr(QSM, f"load{form}")
+    model = make_model().learn(40)
+    getattr(model, f"save{form}")(tmp_path / "with")
+    without = load(tmp_path / "with", actor_ema=False)
+    assert without.policy.actor_ema is None
+    np.testing.assert_array_equal(weights(without.actor), weights(model.actor))
+    getattr(without, f"save{form}")(tmp_path / "without")
+    again = load(tmp_path / "without", actor_ema=True)
+    np.testing.assert_array_equal(weights(again.policy.actor_ema), weights(model.actor))
+
+
+def test_without_it_by_hand(tmp_path):
+    model = make_model().learn(40)
+    complete = copy.deepcopy(model.policy)
+    model.policy.actor_ema = None
+    model.save(tmp_path / "by_hand")
+    assert QSM.load(tmp_path / "by_hand").policy.actor_ema is None
+    model.policy.save(tmp_path / "policy")
+    assert type(model.policy).load(tmp_path / "policy").actor_ema is None
+    # The rest of a state must be whole
+    state = complete.state_dict()
+    del state["actor_ema.score_network.trunk.1.bias"]
+    with pytest.raises(RuntimeError, match="Missing key.*actor_ema.score_network.trunk.1.bias"):
+        complete.load_state_dict(state)
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"best_of_n": 3}, {"sampling_steps": 2}], ids=str)

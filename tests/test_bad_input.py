@@ -10,7 +10,7 @@ from gymnasium import spaces
 from stable_baselines3 import SAC
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.save_util import load_from_pkl
+from stable_baselines3.common.save_util import load_from_pkl, load_from_zip_file
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_qsm import QSM
@@ -35,6 +35,12 @@ BAD_ARGUMENTS = [
     ({"diffusion_steps": True}, "diffusion_steps must be an integer >= 1, got True"),
     ({"noise_schedule": "sine"}, "Unknown noise_schedule 'sine'; known ones: cosine, linear, vp"),
     ({"sampler": "euler"}, "Unknown sampler 'euler'; known ones: ddim, ddpm, ddpm_x0"),
+    ({"sampler": ["ddim"]}, "Unknown sampler ['ddim']; known ones: ddim, ddpm, ddpm_x0"),
+    ({"actor_ema": 0.995}, "actor_ema must be True or False, got 0.995"),
+    ({"compile": "no"}, "compile must be True or False, got 'no'"),
+    ({"train_freq": 0}, "train_freq must be an integer >= 1, got 0"),
+    ({"train_freq": (0, "episode")}, "train_freq must be an integer >= 1, got 0"),
+    ({"policy_kwargs": {"activation_fn": th.nn.ReLU()}}, "activation_fn must be a class, such as nn.ReLU, got ReLU()"),
     ({"score_target": "clear"}, "Unknown score_target 'clear'; known ones: clean, denoised, noised, paper"),
     ({"critic_reduction": "max"}, "Unknown critic_reduction 'max'; known ones: mean, min"),
     ({"policy_samples": 1.5}, "policy_samples must be a number >= 0 and <= 1, got 1.5"),
@@ -191,6 +197,21 @@ def test_infinity_behind_vec_normalize(quantity):
         model.learn(20)
     assert np.isfinite(model.replay_buffer.next_observations).all()
     assert np.isfinite(model.replay_buffer.rewards).all()
+
+
+@pytest.mark.parametrize("quantity", ["observation", "reward", "reset"])
+def test_statistics_of_vec_normalize_stay_finite(quantity, tmp_path):
+    """VecNormalize counts a step before it can be refused."""
+    env = VecNormalize(DummyVecEnv([lambda: FaultyEnv(quantity, at=7, value=np.nan)]))
+    model = make_model(env)
+    with pytest.raises(ValueError, match="non-finite"):
+        model.learn(20)
+    # The reset and each step before the refused one
+    assert env.obs_rms.count == pytest.approx(model.num_timesteps, abs=0.01)
+    for array in (env.obs_rms.mean, env.obs_rms.var, env.ret_rms.mean, env.ret_rms.var, env.returns):
+        assert np.isfinite(array).all()
+    model.save(tmp_path / "model")
+    assert "_statistics" not in load_from_zip_file(tmp_path / "model")[0]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -232,6 +232,21 @@ def test_other_models(tmp_path):
             to_onnx(model, tmp_path / "policy.onnx")
 
 
+def test_statistics_that_came_with_a_file(tmp_path):
+    pytest.importorskip("safetensors")
+    env = VecNormalize(DummyVecEnv([lambda: SpacesEnv(FAR)]))
+    model = QSM("MlpPolicy", env, buffer_size=10, policy_kwargs={"net_arch": [4]})
+    model.save_safe(tmp_path / "model")
+    loaded = QSM.load_safe(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"vec_normalize is needed: .* pass load_vec_normalize\(file, venv\)"):
+        to_torch_export(loaded, tmp_path / "policy.pt2")
+    to_torch_export(loaded, tmp_path / "policy.pt2", vec_normalize=env)
+    to_torch_export(loaded.policy, tmp_path / "without.pt2")
+    env.norm_obs = False
+    model.save_safe(tmp_path / "rewards")
+    to_torch_export(QSM.load_safe(tmp_path / "rewards"), tmp_path / "rewards.pt2")
+
+
 def test_missing_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ImportError, match=re.escape('pip install "sb3-qsm[export]"')):

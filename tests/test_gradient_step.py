@@ -26,7 +26,8 @@ class Quadratic(nn.Module):
 
 def make_step(compiled: bool, **kwargs: Any) -> tuple[Quadratic, GradientStep]:
     loss = Quadratic()
-    return loss, GradientStep(loss, "quadratic_loss", th.optim.Adam([loss.weight], **{"lr": 0.1, **kwargs}), compiled)
+    loss.optimizer = th.optim.Adam([loss.weight], **{"lr": 0.1, **kwargs})
+    return loss, GradientStep(loss, "quadratic_loss", loss, compiled)
 
 
 def test_adam_is_the_one_of_pytorch() -> None:
@@ -152,7 +153,8 @@ def test_other_optimizers_do_their_own_step() -> None:
 def test_compiled_step_of_another_optimizer() -> None:
     losses = [Quadratic(), Quadratic()]
     for loss, compiled in zip(losses, (False, True), strict=True):
-        step = GradientStep(loss, "quadratic_loss", th.optim.SGD([loss.weight], lr=0.01, momentum=0.9), compiled)
+        loss.optimizer = th.optim.SGD([loss.weight], lr=0.01, momentum=0.9)
+        step = GradientStep(loss, "quadratic_loss", loss, compiled)
         step(th.tensor([1.0, 2.0, 3.0]))
         step(th.tensor([1.0, 2.0, 3.0]))
     th.testing.assert_close(losses[0].weight, losses[1].weight)

@@ -331,6 +331,52 @@ def test_replay_buffer(tmp_path, form):
     assert model.replay_buffer.pos == 35
 
 
+def test_another_replay_buffer(tmp_path):
+    model = make_model(gym.make("Pendulum-v1"), n_steps=1).learn(7)
+    model.save_replay_buffer(tmp_path / "buffer")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_replay_buffer(tmp_path / "buffer")
+    # The environment is in the midst of an episode that the buffer does not know
+    model.learn(4, reset_num_timesteps=False)
+    buffer = model.replay_buffer
+    np.testing.assert_array_equal(buffer.dones[:11, 0], [0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0])
+    assert buffer.timeouts[6, 0]
+    assert not np.allclose(buffer.next_observations[6, 0], buffer.observations[7, 0])
+
+    longer = make_model(gym.make("Pendulum-v1"))
+    with pytest.warns(UserWarning, match="has returns of n_steps=1, .* made with n_steps=3"):
+        longer.load_replay_buffer(tmp_path / "buffer")
+    other = make_model()
+    before = other.replay_buffer
+    with pytest.raises(ValueError, match=r"replay buffer must be of Box\(-1.* got Box\(\[-1"):
+        other.load_replay_buffer(tmp_path / "buffer")
+    assert other.replay_buffer is before
+
+
+def test_what_acts_is_saved(tmp_path):
+    model = make_model(best_of_n=2)
+    model.policy.best_of_n, model.actor.sampling_steps = 5, 2
+    model.policy.save(tmp_path / "policy")
+    policy = type(model.policy).load(tmp_path / "policy")
+    model.save(tmp_path / "model")
+    for found in (policy, QSM.load(tmp_path / "model").policy):
+        assert (found.best_of_n, found.actor.sampling_steps) == (5, 2)
+
+
+def test_another_optimizer():
+    model = make_model().learn(10)
+    old = {name: getattr(model, name).optimizer for name in ("actor", "critic")}
+    steps = {name: int(next(iter(optimizer.state.values()))["step"]) for name, optimizer in old.items()}
+    for name in old:
+        network = getattr(model, name)
+        network.optimizer = th.optim.SGD(old[name].param_groups[0]["params"], lr=1e-3, momentum=0.9)
+    model.learn(5, reset_num_timesteps=False)
+    for name, optimizer in old.items():
+        assert int(next(iter(optimizer.state.values()))["step"]) == steps[name]
+        assert len(getattr(model, name).optimizer.state) == len(optimizer.state)
+
+
 def test_her_replay_buffer(tmp_path):
     model = her_model().learn(20)
     old = model.replay_buffer

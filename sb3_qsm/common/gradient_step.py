@@ -64,26 +64,31 @@ class GradientStep:
 
     :param loss: Module that returns the loss and metrics
     :param name: Name of the loss in the metrics
-    :param optimizer: Optimizer that holds the parameters
+    :param network: Module whose ``optimizer`` holds the parameters; it may be replaced by another optimizer of them
     :param compiled: Whether to compile
     :param precision: One of :data:`sb3_qsm.common.performance.PRECISIONS`
     """
 
     def __init__(
-        self, loss: nn.Module, name: str, optimizer: th.optim.Optimizer, compiled: bool = False, precision: str = "float32"
+        self, loss: nn.Module, name: str, network: nn.Module, compiled: bool = False, precision: str = "float32"
     ) -> None:
-        self.loss, self.name, self.optimizer = loss, name, optimizer
+        self.loss, self.name, self.network = loss, name, network
         self.compiled, self.precision = compiled, precision
-        wanted = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        wanted = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         self.parameters = {name: parameter for name, parameter in loss.named_parameters() if id(parameter) in wanted}
         self.device = next(iter(self.parameters.values())).device
         self.gradients = compile_update(self._functional, self.device) if compiled else self._autograd
         self.adam = compile_update(self._adam, self.device) if compiled else None
 
+    @property
+    def optimizer(self) -> th.optim.Optimizer:
+        """Optimizer of the parameters."""
+        return self.network.optimizer  # type: ignore[return-value]
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "GradientStep":
         # What is compiled is a function of the networks that it was compiled for
-        loss, optimizer = copy.deepcopy((self.loss, self.optimizer), memo)
-        return type(self)(loss, self.name, optimizer, self.compiled, self.precision)
+        loss, network = copy.deepcopy((self.loss, self.network), memo)
+        return type(self)(loss, self.name, network, self.compiled, self.precision)
 
     def _autograd(self, parameters: Tensors, *args: Any) -> tuple[Tensors, Metrics]:
         with autocast(self.device, self.precision):

@@ -1,12 +1,15 @@
 """What the algorithms with a diffusion policy have in common around their updates."""
 
+import contextlib
+import copy
 import io
 import json
 import math
 import os
 import pathlib
+import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -16,6 +19,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise, NormalActionNoise, VectorizedActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.preprocessing import get_action_dim, get_obs_shape
 from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.type_aliases import (
     DictReplayBufferSamples,
@@ -93,10 +97,12 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         self.exploration_decay_steps = exploration_decay_steps
         # Whether an action was drawn whose transition is not stored yet
         self._step_is_open = False
+        # Statistics of VecNormalize after the last good step
+        self._statistics: dict[str, Any] | None = None
 
     def _check_choice(self, name: str, known: Iterable[str]) -> None:
         value = getattr(self, name)
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             raise ValueError(f"Unknown {name} {value!r}; known ones: {', '.join(sorted(known))}")
 
     def _check_number(self, name: str, low: float, strict: bool = False, high: float = math.inf) -> None:
@@ -121,6 +127,7 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
                 self._check_number(name, 0.0)
         self._check_integer("learning_starts", 0)
         self._check_integer("gradient_steps", -1)
+        check_integer("train_freq", self.train_freq[0] if isinstance(self.train_freq, tuple) else self.train_freq, 1)
         space = self.action_space
         # Stable-Baselines3 has refused all others
         assert isinstance(space, spaces.Box)
@@ -191,9 +198,12 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
 
     def _require_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):
+            saved = "Model and replay buffer can still be saved."
+            if self.device.type != "cpu":
+                saved = "The replay buffer can still be saved, but the model's parameters may be spoiled."
             raise ValueError(
                 f"{name} is {value} at environment step {self.num_timesteps}, gradient step {self._n_updates}: check the "
-                "scale of rewards and observations and the learning rate. Model and replay buffer can still be saved."
+                f"scale of rewards and observations and the learning rate. {saved}"
             )
 
     def _log(self, metrics: list[Metrics]) -> None:
@@ -246,8 +256,10 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
             self._last_obs, self._step_is_open = None, False
         if (reset_num_timesteps or self._last_obs is None) and self.replay_buffer is not None:
             cut_off_episodes(self.replay_buffer, self.n_envs)
+        self._remember_statistics()
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-        self._require_finite_from_env("observation", self._last_obs)
+        with self._finite_statistics():
+            self._require_finite_from_env("observation", self._last_obs)
         return result
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
@@ -272,17 +284,37 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         infos: list[dict[str, Any]],
     ) -> None:
         # Before anything is stored: the buffer stays good and can be saved
-        self._require_finite_from_env("reward", reward)
-        self._require_finite_from_env("observation", new_obs)
-        if self._vec_normalize_env is not None:
-            # What the buffer gets; VecNormalize clips an infinity out of what it returns
-            self._require_finite_from_env("reward", self._vec_normalize_env.get_original_reward())
-            self._require_finite_from_env("observation", self._vec_normalize_env.get_original_obs())
-        for info in infos:
-            if "terminal_observation" in info:
-                self._require_finite_from_env("terminal observation", info["terminal_observation"])
+        with self._finite_statistics():
+            self._require_finite_from_env("reward", reward)
+            self._require_finite_from_env("observation", new_obs)
+            if self._vec_normalize_env is not None:
+                # What the buffer gets; VecNormalize clips an infinity out of what it returns
+                self._require_finite_from_env("reward", self._vec_normalize_env.get_original_reward())
+                self._require_finite_from_env("observation", self._vec_normalize_env.get_original_obs())
+            for info in infos:
+                if "terminal_observation" in info:
+                    self._require_finite_from_env("terminal observation", info["terminal_observation"])
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         self._step_is_open = False
+
+    def _remember_statistics(self) -> None:
+        """Keep a copy of the statistics of VecNormalize, which counts each step before it can be looked at."""
+        env = self._vec_normalize_env
+        self._statistics = None
+        if env is not None and env.training:
+            names = ("obs_rms", "ret_rms", "returns")
+            self._statistics = copy.deepcopy({name: getattr(env, name) for name in names if hasattr(env, name)})
+
+    @contextlib.contextmanager
+    def _finite_statistics(self) -> Iterator[None]:
+        """Put the statistics back if this step is refused: they are part of the model that can still be saved."""
+        try:
+            yield
+        except ValueError:
+            if self._statistics is not None:
+                vars(self._vec_normalize_env).update(self._statistics)
+            raise
+        self._remember_statistics()
 
     def _require_finite_from_env(self, name: str, value: Any) -> None:
         """Stop at the first NaN or infinity that the environment returns."""
@@ -313,6 +345,43 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
             latents = self.actor.draw_latents(len(features), n=n_samples)
             actions = self.actor.sample(features.repeat(n_samples, 1), *latents, self.actor.sampling_steps)
         return actions.view(n_samples, len(features), -1).std(dim=0).mean().item()
+
+    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """
+        Load a replay buffer, see :meth:`OffPolicyAlgorithm.load_replay_buffer`. The environments begin new episodes.
+
+        :param path: Path to the file, or the file
+        :param truncate_last_traj: With hindsight replay, whether to end the last episode, which was not finished, or to let it
+            go on
+        :raises ValueError: if its observations or actions are not of the model's shapes; the buffer that was there stays
+        """
+        before = self.replay_buffer
+        try:
+            super().load_replay_buffer(path, truncate_last_traj)
+            self._check_replay_buffer(before)
+        except BaseException:
+            self.replay_buffer = before
+            raise
+        # The environments are in the midst of episodes that the buffer does not know
+        self._last_obs = None
+
+    def _check_replay_buffer(self, own: ReplayBuffer | None) -> None:
+        """Refuse a loaded replay buffer of other shapes, and tell when its returns are of another length than the model's."""
+        loaded = self.replay_buffer
+        assert loaded is not None
+        # Bounds may differ: those of VecNormalize are not those of what the buffer holds
+        if loaded.obs_shape != get_obs_shape(self.observation_space) or loaded.action_dim != get_action_dim(self.action_space):
+            raise ValueError(
+                f"The replay buffer must be of {self.observation_space} and {self.action_space}, the spaces of the model, got "
+                f"{loaded.observation_space} and {loaded.action_space}"
+            )
+        steps, own_steps = (getattr(buffer, "n_steps", 1) for buffer in (loaded, own))
+        if own is not None and steps != own_steps:
+            warnings.warn(
+                f"The loaded replay buffer has returns of n_steps={steps}, and they are what is trained on now; the model was "
+                f"made with n_steps={own_steps}",
+                stacklevel=3,
+            )
 
     @classmethod
     def resume(
@@ -450,4 +519,4 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
             raise ValueError(f"{path} was not saved by {cls.__name__} but by {saved_by}")
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "_loaded_statistics"]
+        return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "_loaded_statistics", "_statistics"]

@@ -1,7 +1,7 @@
 """Diffusion actor and critics."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -404,6 +404,9 @@ class DiffusionPolicy(BasePolicy):
             squash_output=True,
             normalize_images=normalize_images,
         )
+        for name, activation in (("activation_fn", activation_fn), ("critic_activation_fn", critic_activation_fn)):
+            if isinstance(activation, nn.Module):
+                raise ValueError(f"{name} must be a class, such as nn.{type(activation).__name__}, got {activation!r}")
         if net_arch is None:
             net_arch = [256, 256]
         actor_arch, critic_arch = get_actor_critic_arch(net_arch)
@@ -484,11 +487,27 @@ class DiffusionPolicy(BasePolicy):
             n_critics=self.n_critics,
             share_features_extractor=self.share_features_extractor,
             best_of_n=self.best_of_n,
-            actor_ema=self.has_actor_ema,
+            actor_ema=self.actor_ema is not None,
             xavier=self.xavier,
-            **self.diffusion_kwargs,
+            **(self.diffusion_kwargs | {"sampling_steps": self.actor.sampling_steps}),
         )
         return data
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """
+        Copy parameters and buffers, see :meth:`torch.nn.Module.load_state_dict`. The moving average of the actor is left out
+        where this policy has none; where the state has none, it begins at the actor.
+
+        :param state_dict: Parameters and buffers by their names
+        :param strict: Whether all others must be there, and no more
+        :param assign: Whether to take over the tensors instead of copying them
+        :return: Names that are missing and that are not expected
+        """
+        state = {name: value for name, value in state_dict.items() if not name.startswith("actor_ema.")}
+        if self.actor_ema is not None:
+            average = {f"actor_ema.{name[6:]}": value for name, value in state.items() if name.startswith("actor.")}
+            state = {**state, **(average if len(state) == len(state_dict) else state_dict)}
+        return super().load_state_dict(state, strict, assign)
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> DiffusionActor:
         """

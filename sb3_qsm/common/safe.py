@@ -430,7 +430,8 @@ def _lay_out(
 
     # The sizes of networks can be anything before they are compared, so that the tensors are of the device without memory
     meta = th.device("meta")
-    arguments = {**config["arguments"], **changes}
+    # Without the average of the actor a policy leaves out that of the file, and begins one at the actor
+    arguments = {**config["arguments"], **{name: value for name, value in changes.items() if name != "actor_ema"}}
     arguments |= {name: value for name, value in _LAID_OUT.items() if name in arguments}
     laid_out: Any = type("LaidOut", (policy_class,), {"device": meta})
     model: Any = algorithm(laid_out, None, device="cpu", _init_setup_model=False, **arguments)  # type: ignore[call-arg,arg-type]

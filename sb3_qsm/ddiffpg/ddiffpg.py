@@ -23,6 +23,7 @@ from stable_baselines3.common.type_aliases import (
     ReplayBufferSamples,
     Schedule,
 )
+from stable_baselines3.common.utils import update_learning_rate
 from torch import nn
 
 from sb3_qsm.common.checks import check_integer
@@ -578,6 +579,10 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
             "target_action_shift": (target_actions - batch.transitions.actions).abs().mean(),
             "action_saturation": (target_actions.abs() > 0.999).float().mean(),
         }
+
+    def _update_learning_rates(self) -> None:
+        super()._update_learning_rates()
+        update_learning_rate(self.novelty_optimizer, self.novelty_learning_rate)
 
     def _update_novelty(self, batch: ModeBatch) -> Metrics:
         """One step of the novelty's predictor on the positions of the batch."""

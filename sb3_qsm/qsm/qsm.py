@@ -3,6 +3,7 @@
 import math
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
@@ -302,6 +303,9 @@ class QSM(OfflineTraining):
         if self.n_steps is not None:
             self._check_integer("n_steps", 1)
         check_sampling_steps(self.sampling_steps, self.diffusion_steps)
+        for name in ("actor_ema", "compile"):
+            if not isinstance(getattr(self, name), (bool, np.bool_)):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self._check_number("temperature", 0.0, strict=True)
         self._check_number("policy_samples", 0.0, high=1.0)
         for name in ("prior_std", "q_grad_coef", "q_grad_clip"):
@@ -342,14 +346,14 @@ class QSM(OfflineTraining):
         self._critic_step = GradientStep(
             CriticLoss(self.actor, self.critic, self.critic_target),
             "critic_loss",
-            self.critic.optimizer,
+            self.critic,
             self.compile,
             self.precision,
         )
         self._actor_step = GradientStep(
             ActorLoss(self.actor, self._gradient_critics(), self.score_target, self.critic_reduction, self.prior_std),
             "actor_loss",
-            self.actor.optimizer,
+            self.actor,
             self.compile,
             self.precision,
         )
@@ -469,8 +473,9 @@ class QSM(OfflineTraining):
         )
 
     def _before_save(self) -> None:
-        # It can be changed on the actor at any time
-        self.sampling_steps = self.actor.sampling_steps
+        # What acts is saved; these can be changed on the policy at any time
+        self.sampling_steps, self.best_of_n = self.actor.sampling_steps, self.policy.best_of_n
+        self.actor_ema = self.policy.actor_ema is not None
 
     def _excluded_save_params(self) -> list[str]:
         return [

@@ -181,6 +181,15 @@ def test_safe_file_before_any_mode():
     assert loaded.novelty_optimizer.param_groups[0]["lr"] == 0.5
 
 
+def test_learning_rate_of_the_novelty(tmp_path):
+    make_model().learn(20).save(tmp_path / "model")
+    model = DDiffPG.load(tmp_path / "model", env=make_env(), novelty_learning_rate=0.05)
+    for rate in (0.05, 0.01):
+        model.novelty_learning_rate = rate
+        model.learn(5, reset_num_timesteps=False)
+        assert model.novelty_optimizer.param_groups[0]["lr"] == rate
+
+
 def test_interrupt_at_any_moment_of_a_clustering(tmp_path):
     """Whatever Ctrl-C interrupts, the model that is left can be saved, loaded, used and trained."""
     make_model(clustering_freq=10**6).learn(200).save(tmp_path / "model")
