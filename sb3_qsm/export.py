@@ -189,8 +189,10 @@ def _export(
     check_sampling_steps(sampling_steps, policy.actor.diffusion_steps)
     if vec_normalize is None and isinstance(model, OffPolicyAlgorithm):
         vec_normalize = model.get_vec_normalize_env()
-        statistics = vars(model).get("_loaded_statistics")
-        if vec_normalize is None and statistics is not None and statistics["arguments"]["norm_obs"]:
+        # As they were in the file: what is in them is looked at where they are used
+        statistics: Any = vars(model).get("_loaded_statistics") or {}
+        arguments = statistics.get("arguments")
+        if vec_normalize is None and isinstance(arguments, dict) and arguments.get("norm_obs"):
             raise ValueError(
                 "vec_normalize is needed: the model was trained with VecNormalize, whose statistics came with its file, but "
                 "has no environment with them; pass load_vec_normalize(file, venv), or model.policy to export it without"

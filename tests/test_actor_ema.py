@@ -21,6 +21,10 @@ def make_model(**kwargs) -> QSM:
     return QSM("MlpPolicy", DummyEnv(OBSERVATIONS, ACTIONS), learning_rate=0.01, diffusion_steps=3, seed=0, **kwargs)
 
 
+def _critics(policy) -> dict:
+    return {name: value for name, value in policy.state_dict().items() if name.startswith("critic")}
+
+
 def weights(actor) -> np.ndarray:
     return np.concatenate([parameter.detach().numpy().ravel() for parameter in actor.parameters()])
 
@@ -74,6 +78,11 @@ def test_without_it_by_hand(tmp_path):
     assert QSM.load(tmp_path / "by_hand").policy.actor_ema is None
     model.policy.save(tmp_path / "policy")
     assert type(model.policy).load(tmp_path / "policy").actor_ema is None
+    model.policy.actor_ema = copy.deepcopy(complete.actor_ema)
+    model.policy.load_state_dict({**complete.actor.state_dict(prefix="actor."), **_critics(complete)}, assign=True)
+    np.testing.assert_array_equal(weights(model.policy.actor_ema), weights(complete.actor))
+    parameters, averages = (tuple(actor.parameters()) for actor in (model.actor, model.policy.actor_ema))
+    assert not {parameter.data_ptr() for parameter in parameters} & {average.data_ptr() for average in averages}
     # The rest of a state must be whole
     state = complete.state_dict()
     del state["actor_ema.score_network.trunk.1.bias"]

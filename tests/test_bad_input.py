@@ -199,17 +199,39 @@ def test_infinity_behind_vec_normalize(quantity):
     assert np.isfinite(model.replay_buffer.rewards).all()
 
 
-@pytest.mark.parametrize("quantity", ["observation", "reward", "reset"])
-def test_statistics_of_vec_normalize_stay_finite(quantity, tmp_path):
+class AsDict(gym.ObservationWrapper):
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self.observation_space = spaces.Dict({"a": env.observation_space})
+
+    def observation(self, observation):
+        return {"a": observation}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("as_dict", [False, True])
+@pytest.mark.parametrize(("quantity", "at"), [("observation", 7), ("reward", 7), ("reset", 7), ("reset", 0)])
+def test_statistics_of_vec_normalize_stay_finite(quantity, at, as_dict, value, tmp_path):
     """VecNormalize counts a step before it can be refused."""
-    env = VecNormalize(DummyVecEnv([lambda: FaultyEnv(quantity, at=7, value=np.nan)]))
-    model = make_model(env)
-    with pytest.raises(ValueError, match="non-finite"):
+
+    def make_env() -> gym.Env:
+        env = FaultyEnv(quantity, at, value)
+        return AsDict(env) if as_dict else env
+
+    env = VecNormalize(DummyVecEnv([make_env]))
+    shared = env.obs_rms
+    model = make_model(env, "MultiInputPolicy" if as_dict else "MlpPolicy")
+    with pytest.raises(ValueError, match="non-finite"), np.errstate(invalid="ignore"):
         model.learn(20)
+    assert env.obs_rms is shared
+    statistics = shared["a"] if as_dict else shared
     # The reset and each step before the refused one
-    assert env.obs_rms.count == pytest.approx(model.num_timesteps, abs=0.01)
-    for array in (env.obs_rms.mean, env.obs_rms.var, env.ret_rms.mean, env.ret_rms.var, env.returns):
+    assert statistics.count == pytest.approx(model.num_timesteps, abs=0.01)
+    for array in (statistics.mean, statistics.var, env.ret_rms.mean, env.ret_rms.var, env.returns):
         assert np.isfinite(array).all()
+    # It can go on from there
+    env.venv.envs[0].unwrapped.value = 0.1
+    model.learn(5, reset_num_timesteps=False)
     model.save(tmp_path / "model")
     assert "_statistics" not in load_from_zip_file(tmp_path / "model")[0]
 

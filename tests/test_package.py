@@ -100,6 +100,8 @@ def test_import_is_light():
 
 @pytest.mark.parametrize("missing", ["optuna", "rl_zoo3"])
 def test_command_line_without_its_extra(missing: str):
+    pytest.importorskip("optuna")
+    pytest.importorskip("rl_zoo3")
     code = f"import sys; sys.modules[{missing!r}] = None; from sb3_qsm.__main__ import main; sys.exit(main())"
     finished = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert finished.returncode == 1

@@ -254,12 +254,21 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         if self._step_is_open:
             # A callback or Ctrl-C stopped the last training between a step and its storing: the environments are a step ahead
             self._last_obs, self._step_is_open = None, False
+        for optimizer in self._optimizers():
+            made = self.policy.optimizer_class
+            if isinstance(made, type) and not isinstance(optimizer, made):
+                raise ValueError(
+                    f"The optimizers must be of the policy's optimizer_class {made.__name__}, got {type(optimizer).__name__}: "
+                    "a model with it could not be loaded. Pass policy_kwargs=dict(optimizer_class=...) instead"
+                )
         if (reset_num_timesteps or self._last_obs is None) and self.replay_buffer is not None:
             cut_off_episodes(self.replay_buffer, self.n_envs)
         self._remember_statistics()
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        observation, self._last_obs = self._last_obs, None
         with self._finite_statistics():
-            self._require_finite_from_env("observation", self._last_obs)
+            self._require_finite_from_env("observation", observation)
+        self._last_obs = observation
         return result
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
@@ -302,8 +311,9 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         env = self._vec_normalize_env
         self._statistics = None
         if env is not None and env.training:
+            # Its own: another attribute is looked up in what it wraps
             names = ("obs_rms", "ret_rms", "returns")
-            self._statistics = copy.deepcopy({name: getattr(env, name) for name in names if hasattr(env, name)})
+            self._statistics = copy.deepcopy({name: value for name, value in vars(env).items() if name in names})
 
     @contextlib.contextmanager
     def _finite_statistics(self) -> Iterator[None]:
@@ -311,8 +321,15 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         try:
             yield
         except ValueError:
-            if self._statistics is not None:
-                vars(self._vec_normalize_env).update(self._statistics)
+            for name, saved in (self._statistics or {}).items():
+                found = vars(self._vec_normalize_env)[name]
+                if isinstance(saved, np.ndarray):
+                    found[:] = saved
+                    continue
+                # In place: an evaluation may share them
+                for key in saved if isinstance(saved, dict) else [None]:
+                    old, new = (saved, found) if key is None else (saved[key], found[key])
+                    vars(new).update(vars(old))
             raise
         self._remember_statistics()
 
@@ -348,7 +365,8 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
         """
-        Load a replay buffer, see :meth:`OffPolicyAlgorithm.load_replay_buffer`. The environments begin new episodes.
+        Load a replay buffer, see :meth:`OffPolicyAlgorithm.load_replay_buffer`. No return of several steps runs on from its
+        last episode into what the environments do next.
 
         :param path: Path to the file, or the file
         :param truncate_last_traj: With hindsight replay, whether to end the last episode, which was not finished, or to let it
@@ -362,8 +380,8 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         except BaseException:
             self.replay_buffer = before
             raise
-        # The environments are in the midst of episodes that the buffer does not know
-        self._last_obs = None
+        if self.replay_buffer is not None and not isinstance(self.replay_buffer, HerReplayBuffer):
+            cut_off_episodes(self.replay_buffer, self.n_envs)
 
     def _check_replay_buffer(self, own: ReplayBuffer | None) -> None:
         """Refuse a loaded replay buffer of other shapes, and tell when its returns are of another length than the model's."""

@@ -1,6 +1,7 @@
 """Diffusion actor and critics."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -503,10 +504,15 @@ class DiffusionPolicy(BasePolicy):
         :param assign: Whether to take over the tensors instead of copying them
         :return: Names that are missing and that are not expected
         """
-        state = {name: value for name, value in state_dict.items() if not name.startswith("actor_ema.")}
-        if self.actor_ema is not None:
-            average = {f"actor_ema.{name[6:]}": value for name, value in state.items() if name.startswith("actor.")}
-            state = {**state, **(average if len(state) == len(state_dict) else state_dict)}
+        own = {name for name in state_dict if name.startswith("actor_ema.")}
+        left_out = own if self.actor_ema is None else set()
+        state = OrderedDict((name, value) for name, value in state_dict.items() if name not in left_out)
+        whole = all(f"actor.{name}" in state for name in self.actor.state_dict())
+        if self.actor_ema is not None and not own and whole:
+            # Copied: taken over, they would be one network
+            state.update((f"actor_ema.{name}", state[f"actor.{name}"].clone()) for name in self.actor.state_dict())
+        if hasattr(state_dict, "_metadata"):
+            state._metadata = state_dict._metadata  # type: ignore[attr-defined]
         return super().load_state_dict(state, strict, assign)
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> DiffusionActor:

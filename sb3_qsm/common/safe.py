@@ -521,7 +521,7 @@ def _parameters(
                 slots.setdefault(int(index), {})[slot] = value
             rates = config["learning_rates"][name]
             if f"{name.removesuffix('_optimizer')}_learning_rate" in changes:
-                # One that no schedule sets before each update
+                # At once, not first at the next update
                 rates = [group["lr"] for group in state["param_groups"]]
             groups = zip(state["param_groups"], rates, strict=True)
             parameters[name] = {"state": slots, "param_groups": [{**group, "lr": rate} for group, rate in groups]}

@@ -689,18 +689,17 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         :param truncate_last_traj: Not used: an episode that was not finished cannot go on
         :raises ValueError: if it is none of DDiffPG, or its positions have another size; the one that was there stays
         """
-        before = self.replay_buffer
-        try:
-            super().load_replay_buffer(path, truncate_last_traj)
-            _check_same_kind(self.replay_buffer, before)
-        except BaseException:
-            self.replay_buffer = before
-            raise
+        super().load_replay_buffer(path, truncate_last_traj)
         # The environments are in the midst of episodes that the buffer does not know
         self._last_obs = None
-        self.replay_buffer.discard_unfinished(self.n_envs)
         # Its trajectories may have the numbers of others
         self._distances.known.clear()
+
+    def _check_replay_buffer(self, own: ReplayBuffer | None) -> None:
+        assert self.replay_buffer is not None
+        assert isinstance(own, TrajectoryReplayBuffer)
+        _check_same_kind(self.replay_buffer, own)
+        super()._check_replay_buffer(own)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "mode_critics", "novelty", "novelty_optimizer", "_distances"]

@@ -292,6 +292,9 @@ class QSM(OfflineTraining):
 
     def _check_hyperparameters(self) -> None:
         super()._check_hyperparameters()
+        for name in ("actor_ema", "compile"):
+            if not isinstance(getattr(self, name), (bool, np.bool_)):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self._check_choice("score_target", SCORE_TARGETS)
         self._check_choice("critic_reduction", CRITIC_REDUCTIONS)
         self._check_choice("gradient_critic", ("both", "online", "target"))
@@ -303,9 +306,6 @@ class QSM(OfflineTraining):
         if self.n_steps is not None:
             self._check_integer("n_steps", 1)
         check_sampling_steps(self.sampling_steps, self.diffusion_steps)
-        for name in ("actor_ema", "compile"):
-            if not isinstance(getattr(self, name), (bool, np.bool_)):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self._check_number("temperature", 0.0, strict=True)
         self._check_number("policy_samples", 0.0, high=1.0)
         for name in ("prior_std", "q_grad_coef", "q_grad_clip"):

@@ -129,6 +129,8 @@ def test_replay_buffer_of_another_kind(tmp_path):
     with pytest.raises(ValueError, match="positions must have 2 entries, got 1: see the argument position"):
         model.load_replay_buffer(tmp_path / "other")
     assert model.replay_buffer is own
+    # The episode goes on
+    assert model._last_obs is not None
     model.learn(20, reset_num_timesteps=False)
 
 
