@@ -32,8 +32,12 @@ VIDEO_SECONDS = 15
 # Runs in a process of its own: MuJoCo chooses its renderer when it is imported, once, and a broken graphics driver may
 # end the process.
 RENDER_PROBE = """
-import sys, gymnasium
+import importlib.util, sys, gymnasium
 try:
+    if importlib.util.find_spec("mujoco") is not None:
+        import mujoco
+        # Else it writes warnings to a file in the current folder
+        mujoco.set_mju_user_warning(lambda text: None)
     env = gymnasium.make(sys.argv[1], render_mode="rgb_array")
     env.reset(seed=0)
     frame = env.render()

@@ -119,6 +119,14 @@ def test_a_warning_of_mujoco_is_shown_once(quickstart: ModuleType, capfd, tmp_pa
     assert not any(tmp_path.iterdir())
 
 
+def test_looking_for_a_renderer_writes_no_file(quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quickstart.os, "environ", dict(quickstart.os.environ))
+    # Of this task MuJoCo has a warning
+    quickstart.find_renderer("HalfCheetah-v5")
+    assert not any(tmp_path.iterdir())
+
+
 def test_quickstart_without_a_renderer_says_so_and_succeeds(tmp_path: Path):
     out = tmp_path / "run"
     finished = run_quickstart("--env", "InvertedPendulum-v5", "--timesteps", "120", "--out", str(out), MUJOCO_GL="disable")
