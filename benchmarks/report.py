@@ -463,7 +463,9 @@ def published_table(runs: dict[Cell, list[Row]]) -> str:
     """
     rows = []
     for cell, evaluations in runs.items():
-        line = [cell.env, f"{cell.goal:,g}"]
+        # What is not the algorithm's default belongs beside the number; compiled updates are the same updates
+        settings = [f"`{name}={value!r}`" for name, value in cell.kwargs.items() if name != "compile"]
+        line = [", ".join([cell.env, *settings]), f"{cell.goal:,g}"]
         if evaluations:
             values = returns(cell, evaluations)
             best = int(values.argmax())

@@ -552,6 +552,8 @@ def test_a_run_of_the_comparison_can_pass_a_published_return():
     assert "12.0 at 500, clearly passed |" in report.published_table(report.published_runs(runs))
     del runs[same], runs[goal]
     assert report.published_runs({goal: [], **runs}) == {goal: []}
+    own = Cell("Hopper-v5", 0, 1000, kwargs={"gamma": 0.9, "compile": True}, eval_freq=100, goal=10.0)
+    assert "| Hopper-v5, `gamma=0.9` | 10 | 5.0 at 100 |" in report.published_table({own: rows(own, 5)})
 
 
 def test_report_without_a_single_row_says_so(comparison):
