@@ -353,6 +353,19 @@ def test_another_replay_buffer(tmp_path):
     assert other.replay_buffer is before
 
 
+def test_a_replay_buffer_of_another_number_of_environments(tmp_path):
+    two = make_model(make_vec_env("Pendulum-v1", n_envs=2)).learn(8)
+    two.save_replay_buffer(tmp_path / "buffer")
+    one = make_model(gym.make("Pendulum-v1"))
+    one.load_replay_buffer(tmp_path / "buffer")
+    with pytest.raises(ValueError, match="as many environments as the model has, 1, got one of 2"):
+        one.learn(4)
+    # What it is for is still there
+    assert one.num_timesteps == 0 and one.replay_buffer.pos == 4
+    one.set_logger(Logger(None, []))
+    one.train(gradient_steps=1, batch_size=4)
+
+
 def test_what_acts_is_saved(tmp_path):
     model = make_model(best_of_n=2)
     model.policy.best_of_n, model.actor.sampling_steps = 5, 2

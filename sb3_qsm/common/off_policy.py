@@ -261,8 +261,15 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
                     f"The optimizers must be of the policy's optimizer_class {made.__name__}, got {type(optimizer).__name__}: "
                     "a model with it could not be loaded. Pass policy_kwargs=dict(optimizer_class=...) instead"
                 )
-        if (reset_num_timesteps or self._last_obs is None) and self.replay_buffer is not None:
-            cut_off_episodes(self.replay_buffer, self.n_envs)
+        if self.replay_buffer is not None:
+            # Only that of DDiffPG, which has one row for each transition, takes any number of environments
+            if self.replay_buffer.n_envs != self.n_envs and not hasattr(self.replay_buffer, "discard_unfinished"):
+                raise ValueError(
+                    f"The replay buffer must be of as many environments as the model has, {self.n_envs}, got one of "
+                    f"{self.replay_buffer.n_envs}"
+                )
+            if reset_num_timesteps or self._last_obs is None:
+                cut_off_episodes(self.replay_buffer, self.n_envs)
         self._remember_statistics()
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         observation, self._last_obs = self._last_obs, None
