@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, IdentityEnvBox
 from stable_baselines3.common.logger import Logger
@@ -364,6 +365,22 @@ def test_a_replay_buffer_of_another_number_of_environments(tmp_path):
     assert one.num_timesteps == 0 and one.replay_buffer.pos == 4
     one.set_logger(Logger(None, []))
     one.train(gradient_steps=1, batch_size=4)
+
+
+class Flat(ReplayBuffer):
+    """One row for each transition, whatever the number of environments."""
+
+    def __init__(self, *args, n_envs=1, **kwargs):
+        super().__init__(*args, n_envs=1, **kwargs)
+
+    def add(self, obs, next_obs, action, reward, done, infos):
+        for rows in zip(obs, next_obs, action, reward, done, infos, strict=True):
+            super().add(*rows[:-1], [rows[-1]])
+
+
+def test_a_replay_buffer_that_stores_the_steps_of_any_number_of_environments():
+    model = make_model(make_vec_env("Pendulum-v1", n_envs=2), replay_buffer_class=Flat).learn(8)
+    assert model.replay_buffer.n_envs == 1 and model.replay_buffer.pos == 8
 
 
 def test_what_acts_is_saved(tmp_path):

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise, NormalActionNoise, VectorizedActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -41,6 +41,9 @@ from sb3_qsm.common.safe import load_safe, save_safe
 from sb3_qsm.diffusion import NOISE_SCHEDULES, SAMPLERS
 
 SelfDiffusionAlgorithm = TypeVar("SelfDiffusionAlgorithm", bound="DiffusionOffPolicyAlgorithm")
+
+#: What stores a step of as many environments as the buffer was made for
+_SB3_ADD = (ReplayBuffer.add, DictReplayBuffer.add, HerReplayBuffer.add)
 
 
 class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
@@ -262,8 +265,8 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
                     "a model with it could not be loaded. Pass policy_kwargs=dict(optimizer_class=...) instead"
                 )
         if self.replay_buffer is not None:
-            # Only that of DDiffPG, which has one row for each transition, takes any number of environments
-            if self.replay_buffer.n_envs != self.n_envs and not hasattr(self.replay_buffer, "discard_unfinished"):
+            # SB3's own cannot store their steps; others, like that of DDiffPG, may have one row for each transition
+            if type(self.replay_buffer).add in _SB3_ADD and self.replay_buffer.n_envs != self.n_envs:
                 raise ValueError(
                     f"The replay buffer must be of as many environments as the model has, {self.n_envs}, got one of "
                     f"{self.replay_buffer.n_envs}"
