@@ -242,6 +242,12 @@ class _Options:
                 help="how often a worker on a study in a database gives a sign of life; its trial counts as failed after two "
                 f"missed ones; 0: never (default: {DEFAULT_HEARTBEAT})",
             )
+            group.add_argument(
+                "--fixed",
+                nargs="+",
+                metavar="NAME:VALUE",
+                help="with -optimize: parameters of the search that keep this value in all trials, such as diffusion_steps:10",
+            )
         if self.command == "enjoy":
             group = parser.add_argument_group("sb3-qsm")
             group.add_argument(
@@ -299,6 +305,8 @@ class _Options:
             raise UserError(f"argument --trained-agent: {args.trained_agent!r} is not a file that ends in .zip")
         if args.trained_agent and args.optimize_hyperparameters:
             raise UserError("argument --trained-agent: a study trains agents of its own, so it cannot go on with one")
+        if args.fixed is not None and not args.optimize_hyperparameters:
+            raise UserError("argument --fixed: needs -optimize; a single training takes its hyperparameters from -params")
         if args.trial_id is not None and not args.optimize_hyperparameters and not (args.storage and args.study_name):
             raise UserError("argument --trial-id: needs --storage and --study-name, which say where the trial is")
         _choose_conf_file(args)

@@ -68,7 +68,10 @@ def sample_qsm_params(trial: optuna.Trial, n_actions: int, n_envs: int, addition
         **_sample_common_params(trial),
     }
     if additional_args["using_her_replay_buffer"]:
+        # It has no n-step returns
         sampled = sample_her_params(trial, sampled, additional_args["her_kwargs"])
+    else:
+        sampled["n_steps"] = trial.suggest_categorical("n_steps", [1, 2, 3, 5])
 
     hyperparams = convert_qsm_params(sampled)
     # Display true values

@@ -14,10 +14,14 @@ from typing import Any
 import optuna
 import yaml
 from filelock import FileLock, Timeout
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler, PartialFixedSampler
 from optuna.storages._heartbeat import is_heartbeat_enabled
 from optuna.trial import TrialState
 from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS
+from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
@@ -27,7 +31,7 @@ from sb3_qsm.common.checkpoint import CHECKPOINT_NAME, RunCheckpointCallback, re
 from sb3_qsm.qsm.qsm import CosineDecay
 from sb3_qsm.zoo.errors import UserError
 from sb3_qsm.zoo.registry import ALGORITHMS
-from sb3_qsm.zoo.storage import fail_dead_trials, mark_worker, studies_with_heartbeat
+from sb3_qsm.zoo.storage import experimental, fail_dead_trials, mark_worker, studies_with_heartbeat
 
 # What rl_zoo3 itself takes out of the hyperparameters
 _ZOO_NAMES = (
@@ -51,7 +55,7 @@ _COMMAND_LINE_NAMES = ("self", "env", "policy", "verbose", "seed", "device", "te
 class ZooExperimentManager(ExperimentManager):
     """
     Takes the place of rl_zoo3's manager in ``sb3-qsm train``. Its additional settings are ``args.resume``,
-    ``args.checkpoint_freq`` and ``args.heartbeat``.
+    ``args.checkpoint_freq``, ``args.heartbeat`` and ``args.fixed``.
     """
 
     run_folder: Path | None = None
@@ -225,6 +229,34 @@ class ZooExperimentManager(ExperimentManager):
 
     # --- A study
 
+    def _create_sampler(self, sampler_method: str) -> BaseSampler:
+        """rl_zoo3's sampler, of what is not fixed."""
+        sampler = super()._create_sampler(sampler_method)
+        space = self._search_space()
+        fixed: dict[str, Any] = {}
+        own_buffer = self._hyperparams.get("replay_buffer_class") is not None
+        if "n_steps" in space and (own_buffer or self._hyperparams.get("optimize_memory_usage")):
+            # Such a buffer has no n-step returns
+            fixed["n_steps"] = 1
+        fixed |= fixed_values(self.args.fixed or [], space, self.algo)
+        if not fixed:
+            return sampler
+        with experimental():
+            return PartialFixedSampler(fixed, sampler)
+
+    def _search_space(self) -> dict[str, BaseDistribution]:
+        """What is searched, by name."""
+        verbosity = optuna.logging.get_verbosity()
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # the study of which the user would read is not theirs
+        trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
+        optuna.logging.set_verbosity(verbosity)
+        additional_args = {
+            "using_her_replay_buffer": self._hyperparams.get("replay_buffer_class") is HerReplayBuffer,
+            "her_kwargs": self._hyperparams.get("replay_buffer_kwargs", {}),
+        }
+        HYPERPARAMS_SAMPLER[self.algo](trial, self.n_actions, self.n_envs, additional_args)
+        return trial.distributions
+
     def objective(self, trial: optuna.Trial) -> float:
         """
         Train and evaluate one sample of hyperparameters.
@@ -318,6 +350,39 @@ def check_names(what: str, given: Iterable[str], known: Iterable[str], where: st
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             raise UserError(f"unknown {what}: {name!r}{where}; the nearest valid one is {near[0]!r}")
+
+
+def fixed_values(given: Iterable[str], space: dict[str, BaseDistribution], algo: str) -> dict[str, Any]:
+    """
+    Read what ``--fixed`` takes out of a search.
+
+    :param given: Texts ``NAME:VALUE``
+    :param space: What is searched, by name
+    :param algo: Name of the algorithm, for the message
+    :return: Values by name
+    :raises UserError: if a name is not searched, or a value is not one that the search could draw
+    """
+    fixed: dict[str, Any] = {}
+    for text in given:
+        name, colon, written = text.partition(":")
+        if not colon:
+            raise UserError(f"argument --fixed: {text!r} is not NAME:VALUE")
+        check_names(f"name in --fixed, of what is searched for {algo}", [name], space)
+        distribution = space[name]
+        values: list[Any] = []
+        if isinstance(distribution, CategoricalDistribution):
+            values = [choice for choice in distribution.choices if str(choice) == written]
+            allowed = ", ".join(map(str, distribution.choices))
+        else:
+            assert isinstance(distribution, (IntDistribution, FloatDistribution))
+            with contextlib.suppress(ValueError):
+                number = int(written) if isinstance(distribution, IntDistribution) else float(written)
+                values = [number] if distribution.low <= number <= distribution.high else []
+            allowed = f"{distribution.low} to {distribution.high}"
+        if not values:
+            raise UserError(f"argument --fixed: {name} must be a value that is searched ({allowed}), got {written!r}")
+        fixed[name] = values[0]
+    return fixed
 
 
 def _count_trials(study: optuna.Study) -> str:

@@ -47,7 +47,7 @@ def open_storage(url: str, heartbeat: int = 0) -> BaseStorage:
         ) from error
     for attempt in range(5):
         try:
-            with _experimental():
+            with experimental():
                 return RDBStorage(url, heartbeat_interval=heartbeat or None)
         except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError) as error:
             # Workers that start at once on an empty database get in each other's way when they create the tables
@@ -60,8 +60,8 @@ def open_storage(url: str, heartbeat: int = 0) -> BaseStorage:
 
 
 @contextlib.contextmanager
-def _experimental() -> Iterator[None]:
-    """Optuna calls heartbeats experimental since 2.9; the user need not hear of it in every worker."""
+def experimental() -> Iterator[None]:
+    """Optuna calls some of what is used here experimental, for years; the user need not hear of it in every worker."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         yield
@@ -104,7 +104,7 @@ def fail_dead_trials(study: Study) -> tuple[int, int]:
     :return: How many there were, and how many running ones are of other machines, of which only time will tell
     """
     before = _running(study)
-    with _experimental():
+    with experimental():
         optuna.storages.fail_stale_trials(study)
     unknown = 0
     machine = this_machine()

@@ -100,6 +100,7 @@ def test_space_covers_what_matters():
         "noise_schedule": {"cosine", "vp", "linear"},
         "sampler": {"ddpm", "ddpm_x0", "ddim"},
         "score_target": {"denoised", "noised", "clean", "paper"},
+        "n_steps": {1, 2, 3, 5},
     }.items():
         assert {params[name] for params in seen} == values
     assert {params["q_grad_coef"] is None for params in seen} == {True, False}
@@ -140,6 +141,70 @@ def test_study_report_and_training_of_the_best_trial(cli, tmp_path, monkeypatch)
         names = ("gamma", "tau", "diffusion_steps", "noise_schedule", "score_target", "prior_std", "q_grad_coef")
         for name in names:
             assert getattr(model, name) == expected[name], name
+
+
+def study_of(cli, tmp_path, *options):
+    """Run a small study and load it."""
+    where = ["--storage", tmp_path / "journal.log", "--study-name", "small", "-f", tmp_path / "logs", "--sampler", "random"]
+    status, _, err = cli("train", *TINY, "--pruner", "none", "--seed", 1, *where, *options)
+    assert status == 0, err
+    return optuna.load_study(study_name="small", storage=open_storage(str(tmp_path / "journal.log")))
+
+
+def test_fixed_parameters_are_not_searched(cli, tmp_path):
+    fixed = {"net_arch": "small", "batch_size_pow": 5, "diffusion_steps": 3, "tau": 0.01}
+    texts = [f"{name}:{value}" for name, value in fixed.items()]
+    study = study_of(cli, tmp_path, "--n-trials", 4, "--fixed", *texts)
+    assert len(study.trials) == 4
+    for trial in study.trials:
+        assert {name: trial.params[name] for name in fixed} == fixed
+        assert trial.params.keys() == sampled_params(0, PLAIN).keys()
+    assert len({trial.params["learning_rate"] for trial in study.trials}) == 4
+    assert convert_qsm_params(study.trials[0].params)["policy_kwargs"]["net_arch"] == [64, 64]
+
+
+def test_a_buffer_without_n_step_returns_is_searched_without_them(cli, tmp_path):
+    given = ["optimize_memory_usage:True", "replay_buffer_kwargs:dict(handle_timeout_termination=False)"]
+    study = study_of(cli, tmp_path, "--n-trials", 4, "-params", "learning_starts:50", *given)
+    assert [(trial.state, trial.params["n_steps"]) for trial in study.trials] == [(TrialState.COMPLETE, 1)] * 4
+    assert "n_steps" not in sampled_params(0, HER)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--fixed", "tau"], "argument --fixed: 'tau' is not NAME:VALUE"),
+        (
+            ["--fixed", "tua:0.01"],
+            "unknown name in --fixed, of what is searched for qsm: 'tua'; the nearest valid one is 'tau'",
+        ),
+        (["--fixed", "tau:2"], "argument --fixed: tau must be a value that is searched (0.001 to 0.08), got '2'"),
+        (["--fixed", "tau:nan"], "argument --fixed: tau must be a value that is searched (0.001 to 0.08), got 'nan'"),
+        (
+            ["--fixed", "diffusion_steps:2.5"],
+            "argument --fixed: diffusion_steps must be a value that is searched (2 to 20), got '2.5'",
+        ),
+        (
+            ["--fixed", "tau:0.01", "net_arch:huge"],
+            "argument --fixed: net_arch must be a value that is searched (small, medium, big, verybig), got 'huge'",
+        ),
+    ],
+)
+def test_bad_fixed_parameters_are_refused_before_the_first_trial(cli, tmp_path, options, message):
+    storage = tmp_path / "journal.log"
+    where = ["--storage", storage, "--study-name", "bad", "-f", tmp_path / "logs"]
+    status, _, err = cli("train", *TINY, *where, *options)
+    assert status == 2
+    assert err.splitlines()[-1] == f"sb3-qsm train: error: {message}"
+    assert optuna.get_all_study_names(open_storage(str(storage))) == []
+
+
+def test_fixed_parameters_are_those_of_a_study(cli, tmp_path):
+    status, _, err = cli("train", "--env", "Pendulum-v1", "-n", 100, "-f", tmp_path, "--fixed", "tau:0.01")
+    assert status == 2
+    message = "argument --fixed: needs -optimize; a single training takes its hyperparameters from -params"
+    assert err.splitlines()[-1] == f"sb3-qsm train: error: {message}"
+    assert list(tmp_path.iterdir()) == []
 
 
 BROKEN_ENV = """
