@@ -177,6 +177,8 @@ class TrajectoryReplayBuffer(ReplayBuffer):
         #: Finished episodes by their id, from the oldest to the newest
         self.trajectories: dict[int, Trajectory] = {}
         self.next_id = 0
+        #: Positions of the trajectories that stood for the modes when the modes were assigned
+        self.representatives: list[npt.NDArray[np.float64]] = []
         self.row_modes = np.full(self.buffer_size, FREE)
         self.target_actions = np.zeros((self.buffer_size, 2, self.action_dim), dtype=np.float32)
         # Drawn from a copy: the environment's own space draws what it would have drawn
@@ -285,6 +287,7 @@ class TrajectoryReplayBuffer(ReplayBuffer):
         """Forget everything."""
         super().reset()
         self.trajectories.clear()
+        self.representatives = []
         self.row_modes[:] = FREE
         self._free, self._open = [], [[] for _ in self._open]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 import pathlib
 import warnings
 from collections import deque
@@ -32,6 +33,7 @@ from sb3_qsm.common.losses import CriticLoss, Metrics, Transitions, UpdateNoise,
 from sb3_qsm.common.off_policy import DiffusionOffPolicyAlgorithm
 from sb3_qsm.common.signals import uninterrupted
 from sb3_qsm.ddiffpg.buffers import (
+    UNASSIGNED,
     DictTrajectoryReplayBuffer,
     ModeBatch,
     PositionFunction,
@@ -39,7 +41,7 @@ from sb3_qsm.ddiffpg.buffers import (
     rows_of,
 )
 from sb3_qsm.ddiffpg.losses import ascend_actions, categorical_loss, categorical_projection
-from sb3_qsm.ddiffpg.modes import Mode, TrajectoryDistances, cluster, inherit, medoid, modes_passing, squareform
+from sb3_qsm.ddiffpg.modes import Mode, TrajectoryDistances, cluster, dtw_distance, inherit, medoid, modes_passing, squareform
 from sb3_qsm.ddiffpg.novelty import RandomNetworkDistillation, noveld_reward
 from sb3_qsm.ddiffpg.policies import (
     CategoricalCritic,
@@ -642,6 +644,7 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
             self.policy.inherit(parents)
             self._create_aliases()
             buffer.assign(modes, [parent for parent, _ in parents])
+            buffer.representatives = [mode.trajectory for mode in known]
             self._modes, self._outcomes = known, outcomes
             # Numbers of modes have changed: the user's choice, and what the environments follow
             self.set_mode(heirs.get(self.mode) if self.mode is not None else None)
@@ -683,7 +686,8 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
         """
-        Load a replay buffer, without the episodes that were not finished. The environments begin new ones.
+        Load a replay buffer, without the episodes that were not finished. The environments begin new ones. In a buffer of
+        another moment than the model the modes may have other numbers, so its trajectories take the mode that they are near.
 
         :param path: Path to the file, or the file
         :param truncate_last_traj: Not used: an episode that was not finished cannot go on
@@ -694,6 +698,31 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         self._last_obs = None
         # Its trajectories may have the numbers of others
         self._distances.known.clear()
+        known = [mode.trajectory for mode in self._modes]
+        theirs = self.replay_buffer.representatives
+        if known and not (len(known) == len(theirs) and all(map(np.array_equal, known, theirs))):
+            warnings.warn(
+                "The modes of the replay buffer are not those of the model: it is of another moment or another training. Its "
+                "trajectories were given the modes of the model that they are near.",
+                stacklevel=2,
+            )
+            self._recognise_modes()
+
+    def _recognise_modes(self) -> None:
+        """Give the trajectories of the replay buffer the modes that are known."""
+        known = [mode.trajectory for mode in self._modes]
+        # A success half way to another mode, or farther, may be of a mode that is not known
+        between = [dtw_distance(one, other) for i, one in enumerate(known) for other in known[:i]]
+        limit = min(between, default=math.inf) / 2
+        modes = {}
+        for trajectory in self.replay_buffer.trajectories.values():
+            distances = [dtw_distance(trajectory.positions, positions) for positions in known]
+            if not trajectory.success or min(distances) <= limit:
+                modes[trajectory.id] = int(np.argmin(distances))
+            # Its target actions are another mode's: the executed ones take their place
+            trajectory.mode = UNASSIGNED
+        self.replay_buffer.assign(modes, range(len(known)))
+        self.replay_buffer.representatives = known
 
     def _check_replay_buffer(self, own: ReplayBuffer | None) -> None:
         assert self.replay_buffer is not None

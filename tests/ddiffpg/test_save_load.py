@@ -5,6 +5,7 @@ import math
 import re
 import signal
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from stable_baselines3.common.logger import Logger
 
 from sb3_qsm import QSM, DDiffPG
 from sb3_qsm.common.checkpoint import RunCheckpointCallback
+from sb3_qsm.ddiffpg.buffers import UNASSIGNED
 from sb3_qsm.ddiffpg.policies import ModeActor, ModePolicy
 from sb3_qsm.export import to_onnx, to_torch_export
 from tests.ddiffpg.models import SMALL, make_env, make_model, make_trained
@@ -62,10 +64,70 @@ def test_save_load(tmp_path, kwargs):
     assert loaded.mode == loaded.actor.mode == 1
     np.testing.assert_array_equal(*(m.predict(OBSERVATIONS, deterministic=True)[0] for m in (model, loaded)))
 
-    loaded.load_replay_buffer(tmp_path / "buffer")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # its modes are the model's
+        loaded.load_replay_buffer(tmp_path / "buffer")
     assert_same_updates(model, loaded)
     loaded.learn(60, reset_num_timesteps=False)
     assert loaded.num_timesteps == 260
+
+
+def side_of(positions: np.ndarray) -> bool:
+    """Which of the two goals a trajectory came to."""
+    return bool(positions[-1, 0] > positions[0, 0])
+
+
+@pytest.mark.parametrize("moment", ["other numbers", "before the modes", "later"])
+def test_a_replay_buffer_of_another_moment(tmp_path, moment):
+    """Its trajectories get the numbers that the model has for their ways."""
+    if moment == "before the modes":
+        early = make_model(clustering_freq=1000).learn(200)
+        early.replay_buffer.representatives = []
+        early.save_replay_buffer(tmp_path / "buffer")
+    model = make_trained()
+    model.save(tmp_path / "model")
+    if moment == "later":
+        model.learn(200, reset_num_timesteps=False)
+    if moment != "before the modes":
+        buffer = model.replay_buffer
+        buffer.assign({id: 1 - one.mode for id, one in buffer.trajectories.items() if one.mode >= 0}, [1, 0])
+        buffer.representatives.reverse()
+        model.save_replay_buffer(tmp_path / "buffer")
+
+    loaded = DDiffPG.load(tmp_path / "model", env=make_env(), device="cpu")
+    sides = [side_of(mode.trajectory) for mode in loaded.modes]
+    assert sorted(sides) == [False, True]
+    with pytest.warns(UserWarning, match="The modes of the replay buffer are not those of the model"):
+        loaded.load_replay_buffer(tmp_path / "buffer")
+    buffer = loaded.replay_buffer
+    successes = [trajectory for trajectory in buffer.successes() if trajectory.mode >= 0]
+    assert len(successes) > 0.8 * len(buffer.successes()) > 5
+    for trajectory in successes:
+        assert sides[trajectory.mode] == side_of(trajectory.positions)
+        np.testing.assert_array_equal(buffer.row_modes[trajectory.rows], trajectory.mode)
+        np.testing.assert_array_equal(buffer.target_actions[trajectory.rows, 1], buffer.actions[trajectory.rows, 0])
+    # The numbers stay when the successes are clustered again, and a buffer saved now is the model's own
+    loaded.update_modes()
+    assert [side_of(mode.trajectory) for mode in loaded.modes] == sides
+    loaded.save_replay_buffer(tmp_path / "own")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded.load_replay_buffer(tmp_path / "own")
+
+
+def test_a_success_far_from_all_modes_gets_none(tmp_path):
+    model = make_trained()
+    model.save(tmp_path / "model")
+    buffer = model.replay_buffer
+    far = buffer.successes()[0]
+    far.positions = far.positions + 10.0
+    buffer.representatives = []
+    model.save_replay_buffer(tmp_path / "buffer")
+    loaded = DDiffPG.load(tmp_path / "model", env=make_env(), device="cpu")
+    with pytest.warns(UserWarning, match="not those of the model"):
+        loaded.load_replay_buffer(tmp_path / "buffer")
+    assert loaded.replay_buffer.trajectories[far.id].mode == UNASSIGNED
+    assert {one.mode for one in loaded.replay_buffer.successes()} == {UNASSIGNED, 0, 1}
 
 
 def test_resume(tmp_path):
