@@ -1,10 +1,12 @@
 """Optuna: the search space, and studies that outlive their workers."""
 
+import csv
 import os
 import re
 import signal
 import time
 
+import export_study
 import gymnasium as gym
 import optuna
 import pytest
@@ -205,6 +207,38 @@ def test_fixed_parameters_are_those_of_a_study(cli, tmp_path):
     message = "argument --fixed: needs -optimize; a single training takes its hyperparameters from -params"
     assert err.splitlines()[-1] == f"sb3-qsm train: error: {message}"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_exported_study(cli, tmp_path, capfd):
+    study = study_of(cli, tmp_path, "--n-trials", 3, "--n-evaluations", 2)
+    journal, out = tmp_path / "journal.log", tmp_path / "out"
+    study.ask()
+    with pytest.raises(SystemExit):
+        export_study.main([str(journal), "small", "--out", str(out)])
+    assert "trials that are not finished: [3]" in capfd.readouterr().err
+    study.tell(3, state=TrialState.FAIL)
+    for name, message in ((["none.log", "small"], "no file 'none.log'"), ([str(journal), "tall"], "there: small")):
+        with pytest.raises(SystemExit):
+            export_study.main([*name, "--out", str(out)])
+        assert message in capfd.readouterr().err
+    assert not out.exists()
+
+    for _ in range(2):  # the second time in place of the first
+        export_study.main([str(journal), "small", "--out", str(out)])
+    assert sorted(path.name for path in out.iterdir()) == ["small.csv", "small.log"]
+    assert "worker" in journal.read_text()
+    assert "worker_id" in (text := (out / "small.log").read_text()) and '"worker"' not in text
+    copied = optuna.load_study(study_name="small", storage=open_storage(str(out / "small.log")))
+    assert copied.user_attrs == study.user_attrs
+    for one, other in zip(copied.trials, study.trials, strict=True):
+        assert (one.number, one.state, one.value, one.params) == (other.number, other.state, other.value, other.params)
+        assert one.intermediate_values == other.intermediate_values
+    with (out / "small.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["state"] for row in rows] == ["COMPLETE"] * 3 + ["FAIL"]
+    for row, trial in zip(rows[:3], study.trials, strict=False):
+        assert float(row["value"]) == trial.value == float(row["evaluation_2"])
+        assert float(row["params_tau"]) == trial.params["tau"]
 
 
 BROKEN_ENV = """
