@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.envs import IdentityEnvBox
+from torch import nn
 
 from sb3_qsm import QSM
 from sb3_qsm.common.performance import check_precision, has_bf16
+from sb3_qsm.diffusion import ScoreNetwork
 from sb3_qsm.diffusion.linear import addmm, linear, prefers_onednn
 
 needs_bf16 = pytest.mark.skipif(not has_bf16(th.device("cpu")), reason="the processor has no bfloat16 instructions")
@@ -196,10 +198,43 @@ def test_bf16_targets_are_float32():
     assert actions.dtype == targets.dtype == th.float32
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("net_arch", [(), (64, 48)])
+@pytest.mark.parametrize("features_dim", [3, 25])  # filled up, and 32 inputs as they are
+def test_sampler_in_bf16_predicts_the_noise(features_dim, net_arch, layer_norm):
+    th.manual_seed(0)
+    network = ScoreNetwork(features_dim, 6, net_arch, layer_norm=layer_norm)
+    nn.init.normal_(network.input_layer.bias)
+    features, actions, steps = th.randn(128, features_dim), th.randn(128, 6), th.arange(4)
+    with th.no_grad(), th.autocast("cpu", dtype=th.bfloat16):
+        predict_noise = network.denoiser(features, steps)
+        found = [predict_noise(actions, t) for t in range(4)]
+    with th.no_grad():
+        network.double()
+        expected = [network(features.double(), actions.double(), th.full((128,), t)) for t in range(4)]
+    for t in range(4):
+        assert found[t].dtype == th.float32
+        error = (found[t] - expected[t]).norm() / expected[t].norm()
+        others = [(found[t] - expected[other]).norm() / expected[other].norm() for other in range(4) if other != t]
+        assert 1e-4 < error < 0.02 < min(others)  # bfloat16 was used, and the step's own share of time
+
+
+def test_sampler_under_autocast_can_be_differentiated():
+    network = ScoreNetwork(3, 2, (64,))
+    actions = th.randn(128, 2, requires_grad=True)
+    with th.autocast("cpu", dtype=th.bfloat16):
+        network.denoiser(th.randn(128, 3), th.arange(4))(actions, 1).sum().backward()
+    assert actions.grad.abs().sum() > 0
+    assert network.input_layer.weight.grad is not None
+
+
 @needs_bf16
 def test_bf16_acting(tmp_path):
     model = make_model(precision="bf16")
-    obs = np.random.default_rng(0).uniform(-1, 1, size=(64, 1)).astype(np.float32)
+    few, _ = model.predict(np.zeros((127, 1), dtype=np.float32), deterministic=True)
+    many, _ = model.predict(np.zeros((128, 1), dtype=np.float32), deterministic=True)
+    assert (few == few[0]).all() and (many == many[0]).all() and few[0] != many[0]
+    obs = np.random.default_rng(0).uniform(-1, 1, size=(128, 1)).astype(np.float32)
     actions, _ = model.predict(obs, deterministic=True)
     model.actor.precision = "float32"
     expected, _ = model.predict(obs, deterministic=True)

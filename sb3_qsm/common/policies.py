@@ -23,7 +23,7 @@ from torch import nn
 from sb3_qsm.common.checks import check_integer
 from sb3_qsm.common.performance import autocast
 from sb3_qsm.diffusion import SAMPLERS, NoiseSchedule, ScoreNetwork, ddim
-from sb3_qsm.diffusion.linear import MIN_BF16
+from sb3_qsm.diffusion.linear import MIN_BF16, MIN_BF16_ROWS
 from sb3_qsm.diffusion.networks import mlp, xavier_init
 
 
@@ -195,8 +195,9 @@ class DiffusionActor(BasePolicy):
         :param sampling_steps: Number of DDIM steps to take, without the noise, in place of the whole chain of ``sampler``
         :return: Scaled actions in [-1, 1], shape ``(batch, action_dim)``
         """
-        # With fewer rows every product stays in float32. They are asked for last: a symbol, maybe, while a graph is made
-        precision = "float32" if self.precision == "float32" or x_last.shape[0] < MIN_BF16 else self.precision
+        # With fewer rows float32 is faster. They are asked for last: a symbol, maybe, while a graph is made
+        fewest = MIN_BF16 if x_last.is_cuda or th.compiler.is_compiling() else MIN_BF16_ROWS
+        precision = "float32" if self.precision == "float32" or x_last.shape[0] < fewest else self.precision
         with autocast(x_last.device, precision):
             predict_noise = self.score_network.denoiser(features, self.steps)
             if sampling_steps is not None:

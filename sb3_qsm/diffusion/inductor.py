@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch as th
+import torch._inductor.inductor_prims  # registers one of the operators that are inserted
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 

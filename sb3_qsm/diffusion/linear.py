@@ -20,6 +20,8 @@ MIN_ROWS = 16
 MIN_WEIGHTS = 1024
 #: Rows, inputs or outputs below which a product with bfloat16 operands takes longer than in float32, conversions included
 MIN_BF16 = 32
+#: Rows from which on a whole network is faster in bfloat16
+MIN_BF16_ROWS = 128
 
 
 @cache
@@ -137,3 +139,12 @@ class Linear(nn.Linear):
         plain = not th.is_autocast_enabled("cpu") and (th.compiler.is_compiling() or rows < MIN_ROWS)
         function = F.linear if plain else linear
         return partial(function, weight=self.weight, bias=self.bias)
+
+    def in_bf16(self) -> Callable[[th.Tensor], th.Tensor]:
+        """
+        Round the parameters once for many calls.
+
+        :return: The layer as a function of bfloat16 tensors
+        """
+        bias = self.bias.bfloat16() if self.bias is not None else None
+        return partial(F.linear, weight=self.weight.bfloat16(), bias=bias)

@@ -131,7 +131,7 @@ class QSM(OfflineTraining):
         minute or two at the first gradient step, less when the same update was compiled before, and a features extractor
         without parameters. Gradients are not kept in ``parameter.grad`` then
     :param precision: ``"float32"``, or ``"bf16"`` for matrix products with bfloat16 operands: parameters, optimizers and the
-        critics' targets stay in float32. Applies to acting too where there are 32 observations or more
+        critics' targets stay in float32. Applies to acting too where there are 128 observations or more
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
     :param tensorboard_log: The log location for tensorboard (if None, no logging)
     :param policy_kwargs: Additional arguments to be passed to the policy on creation
