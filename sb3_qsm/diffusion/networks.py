@@ -195,20 +195,20 @@ class ScoreNetwork(nn.Module):
 
     def _bf16_denoiser(self, features: th.Tensor, steps: th.Tensor) -> Callable[[th.Tensor, int], th.Tensor]:
         """
-        :meth:`denoiser` with all products in bfloat16, between which nothing is converted. The first layer is one product, of
-        ``[a_t, features, 1]`` and a matrix for each step that has the shares of time and bias in its last row; both are filled
-        up with zeros, since a product with few inputs is a slow one.
+        :meth:`denoiser` with all products in bfloat16, between which nothing is converted. An action alone has too few entries
+        for a fast product: a one joins it, for which the matrix of each step has the share of time, and zeros.
         """
-        end = self.action_dim + self.features_dim
-        first, fill = self.input_layer.weight, -(end + 1) % MIN_BF16
-        shifts = self.time_table(steps, first[:, end:]) + self.input_layer.bias
-        shared = first[:, :end].t().expand(len(steps), -1, -1)
-        weights = nn.functional.pad(th.cat([shared, shifts.unsqueeze(1)], dim=1), (0, 0, 0, fill)).bfloat16().unbind()
-        context = nn.functional.pad(nn.functional.pad(features, (0, 1), value=1.0), (0, fill)).bfloat16()
+        start, end = self.action_dim, self.action_dim + self.features_dim
+        first, fill = self.input_layer.weight, -(start + 1) % MIN_BF16
+        table = self.time_table(steps, first[:, end:])
+        context = linear(features, first[:, start:end], self.input_layer.bias).bfloat16()
+        shares = th.cat([first[:, :start].t().expand(len(steps), -1, -1), table.unsqueeze(1)], dim=1)
+        weights = nn.functional.pad(shares, (0, 0, 0, fill)).bfloat16().unbind()
+        one = nn.functional.pad(context.new_ones(len(features), 1), (0, fill))
         layers = [layer.in_bf16() if isinstance(layer, Linear) else layer.forward for layer in self.trunk]
 
         def predict_noise(x: th.Tensor, t: int) -> th.Tensor:
-            hidden = th.cat([x.bfloat16(), context], dim=1) @ weights[t]
+            hidden = th.addmm(context, th.cat([x.bfloat16(), one], dim=1), weights[t])
             for layer in layers:
                 hidden = layer(hidden)
             return hidden.float()

@@ -232,13 +232,14 @@ class ZooExperimentManager(ExperimentManager):
     def _create_sampler(self, sampler_method: str) -> BaseSampler:
         """rl_zoo3's sampler, of what is not fixed."""
         sampler = super()._create_sampler(sampler_method)
-        space = self._search_space()
         fixed: dict[str, Any] = {}
-        own_buffer = self._hyperparams.get("replay_buffer_class") is not None
-        if "n_steps" in space and (own_buffer or self._hyperparams.get("optimize_memory_usage")):
-            # Such a buffer has no n-step returns
-            fixed["n_steps"] = 1
-        fixed |= fixed_values(self.args.fixed or [], space, self.algo)
+        if self.algo in ALGORITHMS or self.args.fixed:
+            space = self._search_space()
+            plain = self._hyperparams.get("optimize_memory_usage") or self._hyperparams.get("replay_buffer_class") is not None
+            if plain and "n_steps" in space:
+                # Such a buffer has no n-step returns
+                fixed["n_steps"] = 1
+            fixed |= fixed_values(self.args.fixed or [], space, self.algo)
         if not fixed:
             return sampler
         with experimental():
