@@ -200,12 +200,13 @@ def test_bf16_targets_are_float32():
 
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("net_arch", [(), (64, 48)])
-@pytest.mark.parametrize("action_dim", [6, 31])  # filled up to 32 inputs, and as many as there are
-def test_sampler_in_bf16_predicts_the_noise(action_dim, net_arch, layer_norm):
+# One product or a share added; filled up to 32 inputs and as many as there are
+@pytest.mark.parametrize(("features_dim", "action_dim"), [(3, 6), (25, 6), (80, 6), (80, 31)])
+def test_sampler_in_bf16_predicts_the_noise(features_dim, action_dim, net_arch, layer_norm):
     th.manual_seed(0)
-    network = ScoreNetwork(40, action_dim, net_arch, layer_norm=layer_norm)
+    network = ScoreNetwork(features_dim, action_dim, net_arch, layer_norm=layer_norm)
     nn.init.normal_(network.input_layer.bias)
-    features, actions, steps = th.randn(128, 40), th.randn(128, action_dim), th.arange(4)
+    features, actions, steps = th.randn(128, features_dim), th.randn(128, action_dim), th.arange(4)
     with th.no_grad(), th.autocast("cpu", dtype=th.bfloat16):
         predict_noise = network.denoiser(features, steps)
         found = [predict_noise(actions, t) for t in range(4)]

@@ -196,19 +196,25 @@ class ScoreNetwork(nn.Module):
     def _bf16_denoiser(self, features: th.Tensor, steps: th.Tensor) -> Callable[[th.Tensor, int], th.Tensor]:
         """
         :meth:`denoiser` with all products in bfloat16, between which nothing is converted. An action alone has too few entries
-        for a fast product: a one joins it, for which the matrix of each step has the share of time, and zeros.
+        for a fast product: a one joins it, for which the matrix of each step has the share of time, a few features, where
+        adding their share would take longer, and zeros.
         """
         start, end = self.action_dim, self.action_dim + self.features_dim
-        first, fill = self.input_layer.weight, -(start + 1) % MIN_BF16
+        first, bias, few = self.input_layer.weight, self.input_layer.bias, end < 2 * MIN_BF16
         table = self.time_table(steps, first[:, end:])
-        context = linear(features, first[:, start:end], self.input_layer.bias).bfloat16()
-        shares = th.cat([first[:, :start].t().expand(len(steps), -1, -1), table.unsqueeze(1)], dim=1)
-        weights = nn.functional.pad(shares, (0, 0, 0, fill)).bfloat16().unbind()
-        one = nn.functional.pad(context.new_ones(len(features), 1), (0, fill))
+        if few:
+            table, context, joined = table + bias, None, features
+        else:
+            context, joined = linear(features, first[:, start:end], bias).bfloat16(), features[:, :0]
+        shares = first[:, : start + joined.shape[1]].t().expand(len(steps), -1, -1)
+        fill = -(shares.shape[1] + 1) % MIN_BF16
+        weights = nn.functional.pad(th.cat([shares, table.unsqueeze(1)], dim=1), (0, 0, 0, fill)).bfloat16().unbind()
+        others = nn.functional.pad(nn.functional.pad(joined, (0, 1), value=1.0), (0, fill)).bfloat16()
         layers = [layer.in_bf16() if isinstance(layer, Linear) else layer.forward for layer in self.trunk]
 
         def predict_noise(x: th.Tensor, t: int) -> th.Tensor:
-            hidden = th.addmm(context, th.cat([x.bfloat16(), one], dim=1), weights[t])
+            inputs = th.cat([x.bfloat16(), others], dim=1)
+            hidden = inputs @ weights[t] if context is None else th.addmm(context, inputs, weights[t])
             for layer in layers:
                 hidden = layer(hidden)
             return hidden.float()
