@@ -142,7 +142,7 @@ def row(
 @functools.cache
 def _commit() -> str:
     return subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     ).stdout.strip()
 
 
