@@ -699,7 +699,7 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         # Its trajectories may have the numbers of others
         self._distances.known.clear()
         known = [mode.trajectory for mode in self._modes]
-        theirs = self.replay_buffer.representatives
+        theirs = getattr(self.replay_buffer, "representatives", [])  # one that was saved before it had them
         if known and not (len(known) == len(theirs) and all(map(np.array_equal, known, theirs))):
             warnings.warn(
                 "The modes of the replay buffer are not those of the model: it is of another moment or another training. Its "
