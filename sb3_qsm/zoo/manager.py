@@ -235,11 +235,13 @@ class ZooExperimentManager(ExperimentManager):
         fixed: dict[str, Any] = {}
         if self.algo in ALGORITHMS or self.args.fixed:
             space = self._search_space()
+            fixed = fixed_values(self.args.fixed or [], space, self.algo)
             plain = self._hyperparams.get("optimize_memory_usage") or self._hyperparams.get("replay_buffer_class") is not None
-            if plain and "n_steps" in space:
-                # Such a buffer has no n-step returns
-                fixed["n_steps"] = 1
-            fixed |= fixed_values(self.args.fixed or [], space, self.algo)
+            if plain and "n_steps" in space and fixed.setdefault("n_steps", 1) != 1:
+                raise UserError(
+                    "argument --fixed: n_steps must be 1 with optimize_memory_usage or a replay_buffer_class, got "
+                    f"{fixed['n_steps']}: such a buffer has no n-step returns"
+                )
         if not fixed:
             return sampler
         with experimental():

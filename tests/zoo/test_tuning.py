@@ -190,6 +190,11 @@ def test_a_buffer_without_n_step_returns_is_searched_without_them(cli, tmp_path)
             ["--fixed", "tau:0.01", "net_arch:huge"],
             "argument --fixed: net_arch must be a value that is searched (small, medium, big, verybig), got 'huge'",
         ),
+        (
+            ["--fixed", "n_steps:3", "-params", "optimize_memory_usage:True"],
+            "argument --fixed: n_steps must be 1 with optimize_memory_usage or a replay_buffer_class, got 3: such a buffer has no "
+            "n-step returns",
+        ),
     ],
 )
 def test_bad_fixed_parameters_are_refused_before_the_first_trial(cli, tmp_path, options, message):
