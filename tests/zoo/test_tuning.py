@@ -192,8 +192,8 @@ def test_a_buffer_without_n_step_returns_is_searched_without_them(cli, tmp_path)
         ),
         (
             ["--fixed", "n_steps:3", "-params", "optimize_memory_usage:True"],
-            "argument --fixed: n_steps must be 1 with optimize_memory_usage or a replay_buffer_class, got 3: such a buffer has no "
-            "n-step returns",
+            "argument --fixed: n_steps must be 1 with optimize_memory_usage or a replay_buffer_class, got 3: such a buffer "
+            "has no n-step returns",
         ),
     ],
 )
