@@ -167,7 +167,7 @@ class PolicyGraph(nn.Module):
         else:
             actions = actor.sample(features, latent, chain, actor.sampling_steps)
         actions = actions.reshape(-1, *self.action_shape)
-        return self.low + 0.5 * (actions + 1.0) * (self.high - self.low)
+        return (self.low + 0.5 * (actions + 1.0) * (self.high - self.low)).clamp(self.low, self.high)
 
     def _normalize(self, key: str | None, observation: th.Tensor) -> th.Tensor:
         if key not in self.statistics:

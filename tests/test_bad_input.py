@@ -8,6 +8,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import SAC
+from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.save_util import load_from_pkl, load_from_zip_file
@@ -119,6 +120,15 @@ def test_policy_alone_checks_too():
         make_policy(noise_schedule="sine")
     with pytest.raises(ValueError, match="diffusion_steps must be an integer >= 1, got 0"):
         NoiseSchedule("vp", 0)
+
+
+@pytest.mark.parametrize("twice", [{"n_steps": 5}, {"n_steps": 5, "gamma": 0.5}])
+def test_returns_are_arguments_of_the_algorithm(twice):
+    with pytest.raises(ValueError, match=f"Pass {' and '.join(sorted(twice))} to QSM itself, not in replay_buffer_kwargs"):
+        QSM("MlpPolicy", "Pendulum-v1", replay_buffer_kwargs=twice)
+    QSM(
+        "MlpPolicy", "Pendulum-v1", buffer_size=100, replay_buffer_class=NStepReplayBuffer, replay_buffer_kwargs={"n_steps": 5}
+    )
 
 
 def test_unknown_policy():

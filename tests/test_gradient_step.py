@@ -128,6 +128,43 @@ def test_a_loss_that_is_not_finite_changes_nothing(compiled: bool) -> None:
     th.testing.assert_close(adam_state(step.optimizer, loss.weight), before)
 
 
+class TwoWeights(nn.Module):
+    """Loss |a x - b|^2 of two weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(th.tensor([0.5, -2.0, 3.0])), nn.Parameter(th.ones(3))
+        self.optimizer = th.optim.Adam([self.a, self.b], lr=0.1)
+
+    def forward(self, x: th.Tensor) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        loss = (self.a * x - self.b).square().sum()
+        return loss, {"quadratic_loss": loss.detach()}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_parameters_without_gradient_stay(compiled: bool) -> None:
+    """As PyTorch does it, also when they are let go again: Adam has done fewer steps with them then."""
+    ours, theirs = TwoWeights(), TwoWeights()
+    step = GradientStep(ours, "quadratic_loss", ours, compiled)
+    x = th.tensor([1.0, 2.0, 3.0])
+    for frozen in ("", "a", "ab", "b", ""):
+        before = [ours.a.detach().clone(), ours.b.detach().clone()]
+        for network in (ours, theirs):
+            for name in "ab":
+                getattr(network, name).requires_grad_(name not in frozen)
+        for _ in range(3):
+            metrics = step(x)
+            theirs.optimizer.zero_grad()
+            loss = theirs(x)[0]
+            th.testing.assert_close(metrics["quadratic_loss"], loss.detach())
+            if loss.requires_grad:
+                loss.backward()
+                theirs.optimizer.step()
+        for name, old in zip("ab", before, strict=True):
+            th.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-5, atol=1e-6)
+            assert th.equal(getattr(ours, name), old) == (name in frozen)
+
+
 def test_other_optimizers_do_their_own_step() -> None:
     weight = nn.Parameter(th.ones(2))
     assert is_plain_adam(th.optim.Adam([weight]))

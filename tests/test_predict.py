@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_qsm import QSM
@@ -263,6 +264,59 @@ def test_bounds_are_reached_exactly(monkeypatch):
     for scaled, expected in ((-1.0, ACTIONS.low), (0.0, (ACTIONS.low + ACTIONS.high) / 2), (1.0, ACTIONS.high)):
         monkeypatch.setattr(model.actor, "sample", lambda features, *_, value=scaled: th.full((len(features), 2), value))
         np.testing.assert_allclose(model.predict(observations(1))[0][0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rounding_does_not_leave_the_bounds(dtype):
+    """SB3's arithmetic alone ends at 0.20000002 here."""
+    rng = np.random.default_rng(0)
+    low = rng.uniform(-1.0, 0.0, 8).astype(dtype)
+    space = spaces.Box(low, (low + rng.uniform(0.1, 2.0, 8)).astype(dtype), dtype=dtype)
+    model = QSM("MlpPolicy", DummyEnv(spaces.Box(-1.0, 1.0, (3,)), space), policy_kwargs={"net_arch": [16]}, buffer_size=10)
+    for scaled in (-1.0, 1.0):
+        unscaled = model.policy.unscale_action(np.full((1, 8), scaled, np.float32))
+        np.testing.assert_allclose(unscaled[0], space.low if scaled < 0 else space.high, atol=1e-6)
+        assert (unscaled >= space.low).all()
+        assert (unscaled <= space.high).all()
+    actions, _ = model.predict(rng.normal(size=(300, 3)).astype(np.float32))
+    assert (np.abs(model.policy.scale_action(actions)) > 0.999).any()
+    assert all(space.contains(action.astype(dtype)) for action in actions)
+
+
+class Grid(FlattenExtractor):
+    """Keeps a tensor that it makes at its first forward pass, as position grids and masks do."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space)
+        self.layer, self.grid = th.nn.Linear(self.features_dim, self.features_dim), None
+
+    def forward(self, observations):
+        hidden = self.layer(super().forward(observations))
+        if self.grid is None:
+            self.grid = th.linspace(0.5, 1.0, self.features_dim)
+        return hidden * self.grid
+
+
+def test_an_extractor_may_keep_what_it_makes_while_acting():
+    model = QSM("MlpPolicy", "Pendulum-v1", learning_starts=5, batch_size=8, policy_kwargs={"features_extractor_class": Grid})
+    model.predict(np.zeros(3, np.float32))
+    model.learn(10)
+    assert model._n_updates > 0
+
+
+def test_deterministic_actions_while_the_policy_is_in_training_mode():
+    class Dropping(FlattenExtractor):
+        def forward(self, observations):
+            return th.nn.functional.dropout(super().forward(observations), training=self.training)
+
+    model = QSM("MlpPolicy", "Pendulum-v1", policy_kwargs={"features_extractor_class": Dropping}, buffer_size=10)
+    assert model.policy.train() is model.policy
+    assert model.actor.training
+    observation = np.ones((50, 3), np.float32)
+    first, second = (model.predict(observation, deterministic=True)[0] for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    assert not model.critic_target.training
+    assert not model.policy.eval().critic.training
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "auto"])

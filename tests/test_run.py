@@ -10,7 +10,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import SAC, HerReplayBuffer
-from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import BaseBuffer, DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import (
     BaseCallback,
     CallbackList,
@@ -25,8 +25,10 @@ from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import Logger, configure
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecNormalize
 from torch import nn
 
 import sb3_qsm.qsm
@@ -545,6 +547,78 @@ def test_a_step_that_a_callback_stopped_is_no_gap_in_an_episode():
     assert buffer.timeouts[:8, 0].nonzero()[0].tolist() == [2]
     for row in (0, 1, 3, 4, 5, 6):
         np.testing.assert_array_equal(buffer.next_observations[row], buffer.observations[row + 1])
+
+
+class Rows(ReplayBuffer):
+    """A buffer with storage of its own."""
+
+    def __init__(self, buffer_size, observation_space, action_space, device="auto", n_envs=1, **_):
+        BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs)
+        self.rows = []
+
+    def add(self, obs, next_obs, action, reward, done, infos):
+        self.rows.append((obs, action, next_obs, done[:, None], reward[:, None]))
+        self.pos = len(self.rows)
+
+    def sample(self, batch_size, env=None):
+        rows = [self.rows[i] for i in np.random.randint(len(self.rows), size=batch_size)]
+        columns = (np.concatenate(column).astype(np.float32) for column in zip(*rows, strict=True))
+        return ReplayBufferSamples(*map(self.to_torch, columns))
+
+
+def test_a_buffer_with_storage_of_its_own():
+    model = make_model(replay_buffer_class=Rows)
+    for _ in range(2):
+        model.learn(20)
+    assert len(model.replay_buffer.rows) == 40
+
+
+class NoTerminalObservation(VecEnvWrapper):
+    """Without what SB3 would use if it were there."""
+
+    def reset(self):
+        return self.venv.reset()
+
+    def step_wait(self):
+        obs, rewards, dones, infos = self.venv.step_wait()
+        return obs, rewards, dones, [{**info, "terminal_observation": None} for info in infos]
+
+
+def test_terminal_observations_may_be_missing():
+    model = make_model(NoTerminalObservation(DummyVecEnv([lambda: DummyEnv(BOX, BOX)])))
+    model.learn(25)
+    assert model.replay_buffer.dones.sum() == 2
+
+
+@pytest.mark.parametrize("frozen", ["encoder", "actor", "half the actor", "half the critics"])
+def test_frozen_parameters_stay(frozen):
+    """As with Stable-Baselines3's algorithms."""
+
+    class Encoder(FlattenExtractor):
+        def __init__(self, observation_space):
+            super().__init__(observation_space)
+            self.layer = nn.Linear(self.features_dim, self.features_dim)
+            self.layer.requires_grad_(frozen != "encoder")
+
+        def forward(self, observations):
+            return self.layer(super().forward(observations))
+
+    model = make_model(policy_kwargs={"features_extractor_class": Encoder})
+    model.learn(10)
+    chosen = {
+        "encoder": [model.actor.features_extractor, model.critic.features_extractor],
+        "actor": [model.actor],
+        "half the actor": [model.actor.score_network.trunk],
+        "half the critics": [model.critic.q_networks[0]],
+    }[frozen]
+    for network in chosen:
+        network.requires_grad_(False)
+    everything = [*model.actor.parameters(), *model.critic.parameters()]
+    before = [parameter.detach().clone() for parameter in everything]
+    model.learn(10, reset_num_timesteps=False)
+    changed = [not th.equal(parameter, old) for parameter, old in zip(everything, before, strict=True)]
+    assert changed == [parameter.requires_grad for parameter in everything]
+    assert any(changed)
 
 
 def test_n_steps_learns():

@@ -3,6 +3,7 @@
 import io
 import math
 import pathlib
+import pickle
 import warnings
 from copy import deepcopy
 
@@ -551,3 +552,21 @@ def test_rows_with_other_goals_get_both_roles_in_the_actors_batch():
     assert not th.equal(in_order.actions, mixed.actions)
     assert th.equal(in_order.actions.sort(dim=0).values, mixed.actions.sort(dim=0).values)
     assert batch.actions.shape == (64, 3)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"compile": True}, {"critic_reduction": "min"}])
+def test_pickled_models_train_on_alike(kwargs):
+    """As Stable-Baselines3's can be sent to another process; what is compiled is compiled there."""
+    model = make_model(seed=0, **kwargs)
+    model.learn(5 if kwargs.get("compile") else 10)
+    loaded = pickle.loads(pickle.dumps(model))
+    results = []
+    for each in (model, loaded):
+        th.manual_seed(0)
+        np.random.seed(0)
+        if not each.compile:
+            each.train(3, 8)
+        results.append(dict(each.policy.state_dict()))
+    assert all(th.equal(value, results[1][name]) for name, value in results[0].items())
+    assert loaded._actor_step.network is loaded.actor
+    assert loaded._critic_step.compiled == model.compile

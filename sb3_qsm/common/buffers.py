@@ -81,10 +81,11 @@ def cut_off_episodes(buffer: ReplayBuffer, n_envs: int | None = None) -> None:
         buffer.discard_unfinished(n_envs)
     elif buffer.full or buffer.pos > 0:
         last = buffer.pos - 1
-        if buffer.handle_timeout_termination or isinstance(buffer, NStepReplayBuffer):
+        # A buffer of the user's own may have neither attribute
+        if getattr(buffer, "handle_timeout_termination", False) or isinstance(buffer, NStepReplayBuffer):
             # As at a time limit: the value is bootstrapped
             buffer.timeouts[last] = np.logical_or(buffer.timeouts[last], np.logical_not(buffer.dones[last]))
             buffer.dones[last] = 1.0
-        elif buffer.optimize_memory_usage:
+        elif getattr(buffer, "optimize_memory_usage", False):
             # The row of its next observation will be overwritten by the next episode's first, as SB3 does in that case
             buffer.dones[last] = 1.0

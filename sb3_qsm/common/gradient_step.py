@@ -1,7 +1,7 @@
 """A step of an optimizer on a loss, eager or compiled."""
 
-import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch as th
@@ -57,7 +57,7 @@ def adam_update(
 class GradientStep:
     """
     A loss, its gradient in the parameters of an optimizer and the step of the optimizer. A loss that is not finite leaves the
-    parameters as they are, on the CPU and where Adam's step is compiled.
+    parameters as they are, on the CPU and where Adam's step is compiled. Parameters without ``requires_grad`` stay too.
 
     Compiled, loss and gradient are one graph, and with Adam the step is in it too; another optimizer does its own. The
     features must not carry a gradient then.
@@ -77,22 +77,25 @@ class GradientStep:
         wanted = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         self.parameters = {name: parameter for name, parameter in loss.named_parameters() if id(parameter) in wanted}
         self.device = next(iter(self.parameters.values())).device
-        self.gradients = compile_update(self._functional, self.device) if compiled else self._autograd
-        self.adam = compile_update(self._adam, self.device) if compiled else None
+        #: Names of the parameters that the functions below were made for
+        self.trained: set[str] = set()
+        self.gradients: Callable[..., tuple[Tensors, Metrics]] = self._autograd
+        self.adam: Callable[..., Metrics] | None = None
 
     @property
     def optimizer(self) -> th.optim.Optimizer:
         """Optimizer of the parameters."""
         return self.network.optimizer  # type: ignore[return-value]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "GradientStep":
-        # What is compiled is a function of the networks that it was compiled for
-        loss, network = copy.deepcopy((self.loss, self.network), memo)
-        return type(self)(loss, self.name, network, self.compiled, self.precision)
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copied or pickled it is made anew: what is compiled is a function of the networks that it was compiled for
+        return type(self), (self.loss, self.name, self.network, self.compiled, self.precision)
 
     def _autograd(self, parameters: Tensors, *args: Any) -> tuple[Tensors, Metrics]:
         with autocast(self.device, self.precision):
             loss, metrics = self.loss(*args)
+        if not parameters:
+            return {}, metrics
         gradients = th.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         return dict(zip(parameters, gradients, strict=True)), metrics
 
@@ -122,23 +125,36 @@ class GradientStep:
         :param args: Arguments of the loss
         :return: Metrics of the loss
         """
+        trained: Tensors = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
+        if trained.keys() != self.trained:
+            self._prepare(trained)
         if self.adam is not None and is_plain_adam(self.optimizer):
-            states = {name: adam_state(self.optimizer, parameter) for name, parameter in self.parameters.items()}
+            states = {name: adam_state(self.optimizer, parameter) for name, parameter in trained.items()}
             means, squares = ({name: state[key] for name, state in states.items()} for key in ("exp_avg", "exp_avg_sq"))
             steps = [state["step"] for state in states.values()]
             (group,) = self.optimizer.param_groups
             scalars = adam_scalars(steps[0] + 1, group["lr"], group["betas"], group["eps"])
-            metrics: Metrics = self.adam(dict(self.parameters), means, squares, scalars, *args)
+            metrics = self.adam(trained, means, squares, scalars, *args)
             if self._finite(metrics):
                 # A number would be made a tensor for each of them
                 th._foreach_add_(steps, [th.ones_like(steps[0])] * len(steps))
             return metrics
-        gradients, metrics = self.gradients(dict(self.parameters), *args)
+        gradients, metrics = self.gradients(trained, *args)
         for name, parameter in self.parameters.items():
-            parameter.grad = gradients[name]
+            parameter.grad = gradients.get(name)
         if self._finite(metrics):
             self.optimizer.step()
         return metrics
+
+    def _prepare(self, trained: Tensors) -> None:
+        """Compile for these parameters: what is compiled does not look whether they are others than before."""
+        self.trained, self.gradients, self.adam = set(trained), self._autograd, None
+        if not self.compiled or not trained:
+            return
+        self.gradients = compile_update(self._functional, self.device)
+        # One number of steps for all: not if some parameters were left out for a while
+        if len({float(self.optimizer.state.get(parameter, {}).get("step", 0)) for parameter in trained.values()}) == 1:
+            self.adam = compile_update(self._adam, self.device)
 
     def _finite(self, metrics: Metrics) -> bool:
         """Whether the loss is finite. On a GPU the look would wait for the device, so there it counts as such."""

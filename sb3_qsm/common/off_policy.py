@@ -310,8 +310,9 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
                 # What the buffer gets; VecNormalize clips an infinity out of what it returns
                 self._require_finite_from_env("reward", self._vec_normalize_env.get_original_reward())
                 self._require_finite_from_env("observation", self._vec_normalize_env.get_original_obs())
-            for info in infos:
-                if "terminal_observation" in info:
+            for done, info in zip(dones, infos, strict=True):
+                # As SB3 asks for it
+                if done and info.get("terminal_observation") is not None:
                     self._require_finite_from_env("terminal observation", info["terminal_observation"])
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         self._step_is_open = False

@@ -3,7 +3,7 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
@@ -25,6 +25,8 @@ from sb3_qsm.common.performance import autocast
 from sb3_qsm.diffusion import SAMPLERS, NoiseSchedule, ScoreNetwork, ddim
 from sb3_qsm.diffusion.linear import MIN_BF16, MIN_BF16_ROWS
 from sb3_qsm.diffusion.networks import mlp, xavier_init
+
+SelfDiffusionPolicy = TypeVar("SelfDiffusionPolicy", bound="DiffusionPolicy")
 
 
 def check_sampling_steps(value: Any, diffusion_steps: int) -> None:
@@ -235,7 +237,14 @@ class DiffusionActor(BasePolicy):
         :param deterministic: Whether the action shall depend on the observation alone
         :return: Scaled actions in [-1, 1], shape ``(batch, action_dim)``
         """
-        features = self.features(obs)
+        return self.act(self.features(obs), deterministic)
+
+    def act(self, features: th.Tensor, deterministic: bool = False) -> th.Tensor:
+        """
+        :param features: Features of the observation, shape ``(batch, features_dim)``
+        :param deterministic: Whether the action shall depend on the observation alone
+        :return: Scaled actions in [-1, 1], shape ``(batch, action_dim)``
+        """
         return self.sample(features, *self.draw_latents(features.shape[0], deterministic), self.sampling_steps)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
@@ -581,9 +590,11 @@ class DiffusionPolicy(BasePolicy):
             return self._best_of_n(actor, observation, features, *latents)
         if th.is_grad_enabled():
             return actor.forward(observation, deterministic)
-        # Operations cost less without autograd's bookkeeping; the copy is an ordinary tensor again
+        features = actor.features(observation)
+        # Operations cost less without autograd's bookkeeping; the copy is an ordinary tensor again. The features extractor may
+        # keep tensors of its own for the updates, so it is left out
         with th.inference_mode():
-            actions = actor.forward(observation, deterministic)
+            actions = actor.act(features, deterministic)
         return actions.clone()
 
     def _best_of_n(
@@ -605,6 +616,33 @@ class DiffusionPolicy(BasePolicy):
         set_mode(self.actor, mode)
         set_mode(self.critic, mode)
         self.training = mode
+
+    def train(self: SelfDiffusionPolicy, mode: bool = True) -> SelfDiffusionPolicy:
+        """
+        Put all networks in training or evaluation mode, but what follows others by averages, which stays in evaluation mode.
+
+        :param mode: True for training mode
+        :return: The policy
+        """
+        super().train(mode)
+        for network in self._averages():
+            network.eval()
+        return self
+
+    def _averages(self) -> list[nn.Module]:
+        """Networks that are averages of others, and are not trained."""
+        return [network for network in (self.actor_ema, self.critic_target) if network is not None]
+
+    def unscale_action(self, scaled_action: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """
+        Rescale actions from [-1, 1] to the bounds of the action space, which rounding does not leave.
+
+        :param scaled_action: Actions
+        :return: Actions in the action space
+        """
+        low, high = self.actor.action_space.low, self.actor.action_space.high
+        actions: np.ndarray[Any, Any] = np.minimum(np.maximum(super().unscale_action(scaled_action), low), high)
+        return actions
 
 
 class DiffusionCnnPolicy(DiffusionPolicy):

@@ -263,6 +263,9 @@ class ModePolicy(DiffusionPolicy):
         super().set_training_mode(mode)
         set_mode(self.mode_critics, mode)
 
+    def _averages(self) -> list[nn.Module]:
+        return [*super()._averages(), self.mode_critic_targets]
+
 
 class ModeCnnPolicy(ModePolicy):
     """:class:`ModePolicy` for images: the features extractor is :class:`NatureCNN` by default."""

@@ -305,6 +305,10 @@ class QSM(OfflineTraining):
             self._check_integer(name, 1)
         if self.n_steps is not None:
             self._check_integer("n_steps", 1)
+        if self.replay_buffer_class is None:
+            twice = sorted({"n_steps", "gamma"} & set(self.replay_buffer_kwargs))
+            if twice:
+                raise ValueError(f"Pass {' and '.join(twice)} to QSM itself, not in replay_buffer_kwargs")
         check_sampling_steps(self.sampling_steps, self.diffusion_steps)
         self._check_number("temperature", 0.0, strict=True)
         self._check_number("policy_samples", 0.0, high=1.0)

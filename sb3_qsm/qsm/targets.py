@@ -105,11 +105,25 @@ def prior_eps_target(
 #: Known score targets
 SCORE_TARGETS: dict[str, ScoreTarget] = {"paper": paper, "noised": noised, "clean": clean, "denoised": denoised}
 
-#: How the gradients of the critics are combined, from Q-values of shape ``(n_critics, batch)``
-CRITIC_REDUCTIONS: dict[str, Callable[[th.Tensor], th.Tensor]] = {
-    "mean": lambda q_values: q_values.mean(dim=0),
-    "min": lambda q_values: q_values.amin(dim=0),
-}
+
+def mean_critic(q_values: th.Tensor) -> th.Tensor:
+    """
+    :param q_values: Q-values, shape ``(n_critics, batch)``
+    :return: Their means over the critics, shape ``(batch,)``
+    """
+    return q_values.mean(dim=0)
+
+
+def min_critic(q_values: th.Tensor) -> th.Tensor:
+    """
+    :param q_values: Q-values, shape ``(n_critics, batch)``
+    :return: The smallest of the critics, shape ``(batch,)``
+    """
+    return q_values.amin(dim=0)
+
+
+#: How the gradients of the critics are combined. Named functions: a model can be pickled with them
+CRITIC_REDUCTIONS: dict[str, Callable[[th.Tensor], th.Tensor]] = {"mean": mean_critic, "min": min_critic}
 
 
 def running_gradient_norm(previous: th.Tensor, gradient: th.Tensor, rate: float = 0.005) -> th.Tensor:
