@@ -364,7 +364,9 @@ def train(cell: Cell, path: Path, command: str, save: bool = False) -> None:
     """
     th.set_num_threads(1)
     folder = path.with_suffix(".checkpoint")
-    if cell.finished(read_rows(path, cell)):
+    # Its training may have died between the last row and the end of the model's file
+    unsaved = save and (folder / CHECKPOINT_NAME).is_file() and not path.with_suffix(".zip").is_file()
+    if cell.finished(read_rows(path, cell)) and not unsaved:
         print(f"{path} is finished", flush=True)
         if folder.is_dir():
             # Killed after its last row
@@ -378,7 +380,7 @@ def train(cell: Cell, path: Path, command: str, save: bool = False) -> None:
         raise CellError(f"another process is training {path}") from error
     with lock:
         rows = read_rows(path, cell)
-        if not cell.finished(rows):
+        if unsaved or not cell.finished(rows):
             origin = {**cell.identity(), **_origin(), "command": command}
             if cell.algo == RANDOM:
                 _evaluate_random(cell, path, origin)

@@ -50,6 +50,9 @@ class Results:
         self.timesteps = lengths[0] if lengths else 0
         self.algos = list(dict.fromkeys(cell.name for cell in self.runs))
         self.envs = list(dict.fromkeys(cell.env for cell in self.runs))
+        found = [{int(row["timesteps"]) for row in rows} for cell, rows in self.runs.items() if cell.finished(rows)]
+        #: Steps at which all finished runs were evaluated
+        self.steps = np.array(sorted(set.intersection(*found)) if found else [], dtype=int)
         #: Seeds of the algorithm and task that have the most
         self.n_seeds = max((len(self.finished(algo, env)) for algo in self.algos for env in self.envs), default=0)
         random: dict[str, list[float]] = {}
@@ -85,9 +88,13 @@ class Results:
 
         :param algo: Algorithm and setting
         :param env: Environment
-        :return: Returns at the steps of the evaluations, by seed
+        :return: Returns at the steps at which all runs were evaluated, by seed
         """
-        return {cell.seed: returns(cell, rows) for cell, rows in self.cells(algo, env).items() if cell.finished(rows)}
+        return {
+            cell.seed: returns(cell, rows)[np.isin(steps(rows), self.steps)]
+            for cell, rows in self.cells(algo, env).items()
+            if cell.finished(rows)
+        }
 
     def complete(self, algo: str, env: str) -> bool:
         """
@@ -244,14 +251,12 @@ def draw_curves(results: Results, path: Path) -> Path:
                 if rows and not cell.finished(rows):
                     thin = {"color": style["color"], "linewidth": 0.8, "marker": "o", "markersize": 3, "markevery": [-1]}
                     axis.plot(steps(rows), returns(cell, rows), **thin)
-                elif rows:
-                    finished_steps = steps(rows)
             finished = results.finished(algo, env)
             if finished:
                 mean, band = interval(lambda x: x.mean(axis=(0, 1)), np.array(list(finished.values()))[:, None])
-                axis.plot(finished_steps, mean, **style)
+                axis.plot(results.steps, mean, **style)
                 if band is not None:
-                    axis.fill_between(finished_steps, *band, color=style["color"], alpha=0.2, linewidth=0)
+                    axis.fill_between(results.steps, *band, color=style["color"], alpha=0.2, linewidth=0)
         if env in results.random:
             axis.axhline(results.random[env], color="0.6", linewidth=0.8, label="random policy")
         axis.set_title(env, fontsize="medium")
@@ -284,11 +289,10 @@ def draw_aggregate(results: Results, path: Path) -> Path:
         if not tasks:
             continue
         scores = results.scores(algo, tasks)
-        every = steps(next(iter(results.cells(algo, tasks[0]).values())))
         mean, band = interval(iqm, scores)
-        left.plot(every, mean, **{**style, "label": style["label"] + _of_tasks(results, tasks)})
+        left.plot(results.steps, mean, **{**style, "label": style["label"] + _of_tasks(results, tasks)})
         if band is not None:
-            left.fill_between(every, *band, color=style["color"], alpha=0.2, linewidth=0)
+            left.fill_between(results.steps, *band, color=style["color"], alpha=0.2, linewidth=0)
         if algo != BASELINE:
             point, bounds = improvement(results, algo)
             if bounds is not None:
@@ -427,7 +431,10 @@ def comparison_tables(results: Results) -> str:
     text += _table(["task", *header, "random policy"], rows)
     scored = [algo for algo in results.algos if results.tasks(algo)]
     if not scored:
-        return text + "\n\nNo task has a normalised score yet, for lack of the random policy or of all seeds of SAC.\n"
+        return text + (
+            "\n\nNo task has a normalised score yet: that needs the random policy and all seeds of SAC, which must be better "
+            "than it.\n"
+        )
     rows = []
     for algo in scored:
         tasks = results.tasks(algo)

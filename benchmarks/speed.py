@@ -309,7 +309,9 @@ def markdown(table: list[Row]) -> str:
     :return: The table of the documentation: time and ratio of every subject
     """
     units = {"ms": "{:.2f} ms", "MiB": "{:.0f} MiB", "s": "{:.1f} s"}
-    lines = [f"Measured at commit {table[0]['commit']} with torch {table[0]['torch']} on one core of an {table[0]['cpu']}."]
+    # A section alone may have been measured again
+    commits = ", ".join(dict.fromkeys(line["commit"] for line in table))
+    lines = [f"Measured at commit {commits} with torch {table[0]['torch']} on one core of an {table[0]['cpu']}."]
     for section in dict.fromkeys(line["section"] for line in table):
         found = [line for line in table if line["section"] == section]
         relative = "of SAC's memory" if found[0]["unit"] == "MiB" else "SAC's speed"

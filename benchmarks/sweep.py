@@ -11,6 +11,7 @@ A sweep that was stopped or killed goes on with the same command. One cell again
 """
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import shlex
@@ -178,9 +179,8 @@ def run(args: argparse.Namespace) -> int:
             tasks.setdefault(cell.path(raw(args)).absolute(), (cell, command_of(cell, group, args)))
     if importlib.util.find_spec("ray") is None:
         raise SystemExit('The sweep needs Ray: pip install "sb3-qsm[benchmarks]"')
-    for path in tasks:
-        if args.rerun:
-            _clear(path)
+    if args.rerun:
+        _clear(list(tasks))
     waiting = deque((path, *task) for path, task in tasks.items() if not task[0].finished(read_rows(path, task[0])))
     print(f"{len(tasks) - len(waiting)} of {len(tasks)} cells are finished", flush=True)
     if not waiting:
@@ -191,18 +191,21 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _clear(path: Path) -> None:
-    """Delete what there is of a cell, unless another process is training it."""
-    folder = path.with_suffix(".checkpoint")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock").acquire(timeout=0):
+def _clear(paths: Sequence[Path]) -> None:
+    """Delete what there is of the cells, unless another process is training one of them: then nothing is deleted."""
+    with contextlib.ExitStack() as locks:
+        for path in paths:
+            folder = path.with_suffix(".checkpoint")
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                locks.enter_context(FileLock(folder / ".lock").acquire(timeout=0))
+            except Timeout as error:
+                raise CellError(f"another process is training {path}: it cannot be run again now") from error
+        for path in paths:
             path.unlink(missing_ok=True)
-            for file in folder.iterdir():
+            for file in path.with_suffix(".checkpoint").iterdir():
                 if file.name != ".lock":
                     file.unlink()
-    except Timeout as error:
-        raise CellError(f"another process is training {path}: it cannot be run again now") from error
 
 
 def _run_with_ray(waiting: deque[tuple[Path, Cell, str]], args: argparse.Namespace) -> dict[str, str]:

@@ -174,7 +174,16 @@ class _Recorder:
         keys = MODE_KEYS if self.mode_key is None else (self.mode_key,)
         for key in keys:
             if key in info:
-                mode: Hashable = info[key].item() if isinstance(info[key], np.generic) else info[key]
+                found = info[key]
+                single = isinstance(found, np.generic) or (isinstance(found, np.ndarray) and found.size == 1)
+                mode: Hashable = found.item() if single else found
+                try:
+                    hash(mode)
+                except TypeError as error:
+                    raise ValueError(
+                        f"count_modes needs a name or a number as mode, got {mode!r} in {key!r}: pass as mode_key a function "
+                        "of the info that returns one"
+                    ) from error
                 return mode
         raise ValueError(
             f"count_modes needs {' or '.join(map(repr, keys))} in the info at the end of an episode, to tell which way was "

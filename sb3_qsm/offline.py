@@ -211,20 +211,24 @@ class OfflineTraining(DiffusionOffPolicyAlgorithm):
             actions, rewards = np.asarray(episode.actions), np.asarray(episode.rewards)
             parts = observations.values() if isinstance(observations, dict) else [observations]
             lengths = sorted({len(part) for part in parts})
-            if len(rewards) != len(actions) or lengths != [len(actions) + 1]:
+            if rewards.ndim == 0 or len(rewards) != len(actions) or lengths != [len(actions) + 1]:
                 raise ValueError(
                     f"An episode of the dataset must have as many rewards as actions ({len(actions)}) and one observation "
-                    f"more, got {len(rewards)} and {', '.join(map(str, lengths))}"
+                    f"more, got {rewards.size} and {', '.join(map(str, lengths))}"
                 )
             _check_kind("actions", actions)
             _check_shape("actions", actions, self.action_space)
+            rewards = _column("rewards", rewards, len(actions))
+            terminations, truncations = (
+                _column(name, np.asarray(getattr(episode, name)), len(actions)).astype(bool)
+                for name in ("terminations", "truncations")
+            )
             low, high = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
             # Actions as they were before a clipping to the bounds are not those that were taken
             if (actions < low - 1e-3 * (high - low)).any() or (actions > high + 1e-3 * (high - low)).any():
                 raise ValueError(f"The dataset's actions are not within {self.action_space}")
             scaled = self.policy.scale_action(np.clip(actions, low, high))
-            terminations = np.asarray(episode.terminations, dtype=bool)
-            ends = terminations | np.asarray(episode.truncations, dtype=bool)
+            ends = terminations | truncations
             ends[-1] = True
             yield _stream(
                 _each(observations, lambda value: value[:-1]),
@@ -331,6 +335,14 @@ class OfflineTraining(DiffusionOffPolicyAlgorithm):
 def _check_kind(name: str, value: np.ndarray[Any, Any]) -> None:
     if value.dtype.kind not in "biuf":
         raise ValueError(f"The dataset's {name} must be numbers, got {value.dtype}")
+
+
+def _column(name: str, value: np.ndarray[Any, Any], n: int) -> np.ndarray[Any, Any]:
+    """Numbers of n steps, which may be a column of a matrix."""
+    _check_kind(name, value)
+    if value.shape not in ((n,), (n, 1)):
+        raise ValueError(f"The dataset's {name} must have the shape ({n},) in an episode of {n} steps, got {value.shape}")
+    return value.reshape(n)
 
 
 def _integer_bounds(space: spaces.Space[Any]) -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ All actions are Stable-Baselines3's scaled ones in [-1, 1]. Every function retur
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +115,11 @@ def _critics(model: BaseAlgorithm) -> list[th.nn.Module]:
     return [critic]
 
 
+def _q_values(output: th.Tensor | tuple[th.Tensor, ...]) -> th.Tensor:
+    """Values of critics, shape ``(batch, n_critics)``; of TQC's, which return their quantiles in one tensor, the means."""
+    return output.mean(dim=2) if isinstance(output, th.Tensor) else th.cat(output, dim=1)
+
+
 def plot_action_landscape(
     model: BaseAlgorithm,
     observation: Observation,
@@ -147,7 +153,7 @@ def plot_action_landscape(
     with th.no_grad():
         obs_tensor, _ = model.policy.obs_to_tensor(observation)
         batch = _repeat(obs_tensor, len(points)), th.as_tensor(points, device=model.device)
-        values = [th.cat(found(*batch), dim=1).amin(dim=1) for found in critics]
+        values = [_q_values(found(*batch)).amin(dim=1) for found in critics]
     q_values = th.stack(values).amax(dim=0).cpu().numpy()
 
     figure, (axes,) = _new_figure()
@@ -382,7 +388,8 @@ class PlotPolicyCallback(BaseCallback):
 
     :param env: Environment of its own, not that of the training; wrapped like it
     :param plot_freq: Environment steps between two sets of pictures
-    :param n_episodes: Episodes for the trajectories; 0 for none
+    :param n_episodes: Episodes for the trajectories; 0 for none, and none are drawn, with a warning, where ``count_modes``
+        finds no modes
     :param mode_key: As in :func:`sb3_qsm.evaluation.count_modes`
     :param position: As in :func:`plot_trajectories`
     :param seed: Seed of the episodes
@@ -410,6 +417,7 @@ class PlotPolicyCallback(BaseCallback):
         self.position = position
         self.seed = seed
         self._last_plot = 0
+        self._with_trajectories = n_episodes > 0
         self._normalize = unwrap_vec_normalize(self.env)
 
     def _on_training_start(self) -> None:
@@ -435,9 +443,14 @@ class PlotPolicyCallback(BaseCallback):
         with th.random.fork_rng():
             th.manual_seed(self.seed)
             figures = plot_policy(self.model, first)
-        if self.n_episodes > 0:
-            modes = count_modes(self.model, self.env, self.n_episodes, mode_key=self.mode_key, seed=self.seed)
-            figures["trajectories"] = plot_trajectories(modes, self.env, self.position)
+        if self._with_trajectories:
+            try:
+                modes = count_modes(self.model, self.env, self.n_episodes, mode_key=self.mode_key, seed=self.seed)
+                figures["trajectories"] = plot_trajectories(modes, self.env, self.position)
+            except ValueError as error:
+                # Most tasks have no modes, and the training must not end for a picture
+                warnings.warn(f"No trajectories are drawn: {error}", stacklevel=2)
+                self._with_trajectories = False
         for name, figure in figures.items():
             # Of SB3's formats only TensorBoard can hold pictures
             self.logger.record(f"policy/{name}", LoggedFigure(figure, close=True), exclude=("stdout", "log", "json", "csv"))

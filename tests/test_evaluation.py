@@ -121,6 +121,24 @@ def test_mode_key():
         count_modes(Above(), env, 1, mode_key="way")
 
 
+class Boxed(gym.Wrapper):
+    """The goal as an array."""
+
+    def __init__(self, size):
+        super().__init__(gym.make(POINT))
+        self.size = size
+
+    def step(self, action):
+        *rest, info = self.env.step(action)
+        return *rest, {**info, **({"goal": np.full(self.size, info["goal"])} if "goal" in info else {})}
+
+
+def test_a_mode_in_an_array():
+    assert count_modes(Compass([2]), Boxed(1), 2).counts == {2: 2}
+    with pytest.raises(ValueError, match=r"needs a name or a number as mode, got array\(\[2, 2\]\) in 'goal'"):
+        count_modes(Compass([2]), Boxed(2), 2)
+
+
 @pytest.mark.parametrize("algorithm", [QSM, SAC, PPO])
 def test_models_of_sb3_and_the_seed(algorithm):
     model = algorithm("MlpPolicy", POINT, seed=0, device="cpu")

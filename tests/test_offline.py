@@ -403,9 +403,9 @@ def test_bad_data(dataset, kwargs, error, message):
 class Episode:
     """One of a dataset that holds what it likes."""
 
-    def __init__(self, observations, rewards=(0.0, 0.0), actions=((0.0, 2.2), (0.0, 2.2))):
+    def __init__(self, observations, rewards=(0.0, 0.0), actions=((0.0, 2.2), (0.0, 2.2)), terminations=(False, False)):
         self.observations, self.rewards, self.actions = observations, rewards, np.asarray(actions)
-        self.terminations = self.truncations = np.zeros(2, dtype=bool)
+        self.terminations, self.truncations = terminations, np.zeros(2, dtype=bool)
 
     def __len__(self):
         return 2
@@ -430,6 +430,15 @@ def parts(a=0.0, b=0):
         ("MlpPolicy", Episode(np.zeros((3, 3)), rewards=(0.0, 1e39)), "rewards are not all finite in single precision"),
         ("MlpPolicy", Episode(np.zeros((2, 3))), r"rewards as actions \(2\) and one observation more, got 2 and 2"),
         ("MlpPolicy", Episode(np.zeros((3, 3)), rewards=(0.0,)), r"got 1 and 3"),
+        ("MlpPolicy", Episode(np.zeros((3, 3)), rewards=0.0), r"got 1 and 3"),
+        ("MlpPolicy", Episode(np.zeros((3, 3)), rewards=(None, None)), "rewards must be numbers, got object"),
+        ("MlpPolicy", Episode(np.zeros((3, 3)), rewards=(1j, 0.0)), "rewards must be numbers, got complex128"),
+        (
+            "MlpPolicy",
+            Episode(np.zeros((3, 3)), rewards=np.zeros((2, 2))),
+            r"rewards must have .* \(2,\) .* got \(2, 2\)",
+        ),
+        ("MlpPolicy", Episode(np.zeros((3, 3)), terminations=True), r"terminations must have the shape \(2,\) .* got \(\)"),
     ],
 )
 def test_data_that_the_buffer_would_change(policy, episode, message):
@@ -437,6 +446,14 @@ def test_data_that_the_buffer_would_change(policy, episode, message):
     with pytest.raises(ValueError, match=message):
         model.load_offline(episode)
     assert model._offline is None
+
+
+def test_rewards_in_a_column():
+    model = make_model(wrapper=VecNormalize)
+    model.load_offline(Episode(np.zeros((3, 3)), rewards=np.array([[1.0], [2.0]]), terminations=np.array([[0], [1]])))
+    assert model._offline.buffer.rewards.ravel().tolist() == [1.0, 2.0]
+    assert model._offline.buffer.dones.ravel().tolist() == [0.0, 1.0]
+    assert model.get_vec_normalize_env().ret_rms.count == pytest.approx(2, abs=1e-3)
 
 
 def test_buffers_of_scaled_actions_are_taken():

@@ -215,6 +215,26 @@ def test_callback_writes_pictures_and_does_not_change_the_training(tmp_path):
     assert all(th.equal(value, without[name]) for name, value in with_pictures.items())
 
 
+def test_a_task_without_modes_is_trained_to_its_end(tmp_path):
+    model = make_model("Pendulum-v1")
+    env = gym.make("Pendulum-v1", max_episode_steps=5)
+    with pytest.warns(UserWarning, match="No trajectories are drawn: the info .* must have 'success'") as warned:
+        model.learn(50, callback=plots.PlotPolicyCallback(env, plot_freq=20, n_episodes=1))
+    assert model.num_timesteps == 50
+    assert len([each for each in warned if "No trajectories" in str(each.message)]) == 1
+
+
+def test_critics_of_tqc():
+    """They return quantiles."""
+    tqc = pytest.importorskip("sb3_contrib").TQC("MlpPolicy", POINT, policy_kwargs={"net_arch": [16]}, buffer_size=10)
+    with th.no_grad():
+        quantiles = tqc.critic(th.zeros(3, 2), th.zeros(3, 2))
+    assert quantiles.shape[:2] == (3, 2)
+    found = plots._q_values(quantiles)
+    np.testing.assert_allclose(found, np.stack([np.mean(quantiles[:, i].numpy(), axis=1) for i in (0, 1)], axis=1), rtol=1e-5)
+    assert set(plots.plot_policy(tqc, START)) == {"actions"}
+
+
 def test_callback_with_normalised_dictionaries_and_without_trajectories(tmp_path):
     def make_env():
         space = spaces.Dict({"a": BOX, "b": spaces.Box(0.0, 1.0, (2,))})

@@ -200,6 +200,12 @@ def test_statistics_of_vec_normalize(tmp_path):
         assert mine.count == theirs.count > 20
     with pytest.raises(ValueError, match="do not fit"):
         safe.load_vec_normalize(tmp_path / "model.safetensors", make_env(spaces.Dict({"b": BOX, "a": BOX})))
+    # As VecNormalize takes them
+    odd = VecNormalize(make_env(space), norm_obs_keys=("b",), epsilon=0.0)
+    QSM("MultiInputPolicy", odd, learning_starts=100, buffer_size=100).learn(8).save_safe(tmp_path / "odd")
+    loaded = safe.load_vec_normalize(tmp_path / "odd", make_env(space))
+    assert loaded.norm_obs_keys == ["b"]
+    assert loaded.epsilon == 0.0
     only_reward = VecNormalize(make_env(BOX), norm_obs=False)
     QSM("MlpPolicy", only_reward, learning_starts=100, buffer_size=100).learn(8).save_safe(tmp_path / "reward")
     assert safe.load_vec_normalize(tmp_path / "reward", make_env(BOX)).ret_rms.count == only_reward.ret_rms.count
@@ -587,7 +593,7 @@ def normalized():
     [
         (put("vec_normalize.arguments.clip_obs", -1.0), "clip_obs must be a number > 0, got -1.0"),
         (put("vec_normalize.arguments.clip_reward", 0), "clip_reward must be a number > 0, got 0"),
-        (put("vec_normalize.arguments.epsilon", -1e-3), "epsilon must be a number > 0, got -0.001"),
+        (put("vec_normalize.arguments.epsilon", -1e-3), "epsilon must be a number >= 0, got -0.001"),
         (put("vec_normalize.arguments.gamma", 2.0), "gamma must be a number >= 0 and <= 1, got 2.0"),
         (put("vec_normalize.arguments.training", 1), "training must be of type"),
         (put("vec_normalize.obs_rms.count", -4.0), "obs_rms.count must be a number >= 0, got -4.0"),

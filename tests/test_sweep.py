@@ -273,18 +273,45 @@ def test_a_checkpoint_that_a_finished_run_left_is_deleted(tmp_path):
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
 
 
-def test_rerun_leaves_a_cell_that_is_being_trained(mortal, capsys):
-    arguments = ["run", "sweep.yml", "--groups", "long", "--only", "seed=0", "--out", "out", "--rerun"]
-    cell = sweep.read_groups(mortal / "sweep.yml")["long"][0]
-    path = cell.path(mortal / "out" / "raw")
-    path.parent.mkdir(parents=True)
-    path.write_text("rows")
-    folder = path.with_suffix(".checkpoint")
-    folder.mkdir()
-    with FileLock(folder / ".lock"), pytest.raises(SystemExit):
+def test_rerun_leaves_all_cells_while_one_is_being_trained(mortal, capsys):
+    arguments = ["run", "sweep.yml", "--groups", "long", "--out", "out", "--rerun"]
+    paths = [cell.path(mortal / "out" / "raw") for cell in sweep.read_groups(mortal / "sweep.yml")["long"]]
+    assert len(paths) > 1
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("rows")
+        path.with_suffix(".checkpoint").mkdir()
+    with FileLock(paths[-1].with_suffix(".checkpoint") / ".lock"), pytest.raises(SystemExit):
         sweep.main(arguments)
     assert "another process is training" in capsys.readouterr().err
-    assert path.read_text() == "rows"
+    assert [path.read_text() for path in paths] == ["rows"] * len(paths)
+
+
+def test_a_model_that_could_not_be_saved_is_not_lost(tmp_path, monkeypatch):
+    cell = Cell("Pendulum-v1", 0, 60, "qsm", "s", SMALL, 30, 1, checkpoint_freq=40)
+    path = cell.path(tmp_path)
+
+    save = QSM.save
+
+    def full(model, target, *args):
+        if target == path.with_suffix(".zip"):
+            raise OSError("No space left on device")
+        save(model, target, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(QSM, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            train(cell, path, "", save=True)
+    assert cell.finished(read_rows(path, cell))
+    train(cell, path, "", save=True)
+    assert QSM.load(path.with_suffix(".zip")).num_timesteps == 60
+    rows = read_rows(path, cell)
+    assert [row["timesteps"] for row in rows] == ["30", "60"]
+    assert not path.with_suffix(".checkpoint").exists()
+    # There is nothing to save it from
+    path.with_suffix(".zip").unlink()
+    train(cell, path, "", save=True)
+    assert read_rows(path, cell) == rows
 
 
 def test_rerun_without_ray_deletes_nothing(mortal, monkeypatch):
@@ -573,6 +600,28 @@ def test_runs_of_different_lengths_are_not_compared(comparison, capsys):
         sweep.main(["report", str(comparison / "sweep.yml"), "--out", str(comparison / "empty")])
     assert "the runs to compare have different lengths ([200, 300])" in capsys.readouterr().err
     assert not (comparison / "empty").exists()
+
+
+def test_runs_are_compared_at_the_steps_that_all_have(comparison):
+    """The tables, which have the last one, stay as they are."""
+    arguments = ["report", str(comparison / "sweep.yml"), "--out", str(comparison / "out")]
+    assert sweep.main(arguments) == 0
+    before = (comparison / "out" / "README.md").read_text()
+    text = COMPARISON.replace("seeds: [0], timesteps: 200", "seeds: [0], timesteps: 200, eval_freq: 50")
+    (comparison / "sweep.yml").write_text(text)
+    for cell, values in zip(
+        sweep.read_groups(comparison / "sweep.yml")["baselines"], ((10, 30, 35, 40), (1, 35)), strict=True
+    ):
+        origin = {"commit": "1234567", "resumed_from": "0"}
+        rows = [
+            {**cell.identity(), **origin, "timesteps": str(step), f"{cell.acting}_mean": str(value)}
+            for step, value in zip(cell.steps, values, strict=False)
+        ]
+        cell.path(comparison / "out" / "raw").unlink()
+        write_rows(cell.path(comparison / "out" / "raw"), rows)
+    assert cell.steps == [50, 100, 150, 200]
+    assert sweep.main(arguments) == 0
+    assert (comparison / "out" / "README.md").read_text() == before
 
 
 def test_the_zero_is_the_mean_over_the_random_policys_seeds(tmp_path):

@@ -306,7 +306,7 @@ def load_vec_normalize(path: SafePath, venv: VecEnv) -> VecNormalize:
             if name in _CLIPS and arguments[name] is None:
                 arguments[name] = math.inf
             else:
-                check_number(name, arguments[name], 0.0, strict=True)
+                check_number(name, arguments[name], 0.0, strict=name in _CLIPS)
         check_number("gamma", arguments["gamma"], 0.0, high=1.0)
         env = VecNormalize(venv, **arguments)
         for name in ("obs_rms", "ret_rms"):
@@ -352,6 +352,8 @@ def _vec_normalize_state(env: VecNormalize | None) -> dict[str, Any] | None:
     # An infinite bound switches clipping off, and has no place in JSON
     arguments = {name: getattr(env, name) for name in _VEC_NORMALIZE}
     arguments |= {name: None for name in _CLIPS if arguments[name] == math.inf}
+    if arguments["norm_obs_keys"] is not None:
+        arguments["norm_obs_keys"] = list(arguments["norm_obs_keys"])
     return {"arguments": arguments, "obs_rms": statistics(getattr(env, "obs_rms", None)), "ret_rms": statistics(env.ret_rms)}
 
 

@@ -691,7 +691,7 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
 
         :param path: Path to the file, or the file
         :param truncate_last_traj: Not used: an episode that was not finished cannot go on
-        :raises ValueError: if it is none of DDiffPG, or its positions have another size; the one that was there stays
+        :raises ValueError: if it is none of DDiffPG, or has other positions than the model; the one that was there stays
         """
         super().load_replay_buffer(path, truncate_last_traj)
         # The environments are in the midst of episodes that the buffer does not know
@@ -790,3 +790,6 @@ def _check_same_kind(loaded: ReplayBuffer, own: TrajectoryReplayBuffer) -> None:
     size, own_size = loaded.positions.shape[1], own.positions.shape[1]
     if size != own_size:
         raise ValueError(f"The replay buffer's positions must have {own_size} entries, got {size}: see the argument position")
+    known = [getattr(buffer.position, "indices", None) for buffer in (loaded, own)]
+    if None not in known and known[0] != known[1]:
+        raise ValueError(f"The replay buffer's position must be the model's, {known[1]}, got {known[0]}")

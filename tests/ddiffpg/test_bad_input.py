@@ -128,6 +128,9 @@ def test_replay_buffer_of_another_kind(tmp_path):
     make_model(position=[0]).save_replay_buffer(tmp_path / "other")
     with pytest.raises(ValueError, match="positions must have 2 entries, got 1: see the argument position"):
         model.load_replay_buffer(tmp_path / "other")
+    make_model(position=[1, 0]).save_replay_buffer(tmp_path / "swapped")
+    with pytest.raises(ValueError, match=r"position must be the model's, \(0, 1\), got \(1, 0\)"):
+        model.load_replay_buffer(tmp_path / "swapped")
     assert model.replay_buffer is own
     # The episode goes on
     assert model._last_obs is not None
