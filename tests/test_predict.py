@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_qsm import QSM
 from sb3_qsm.common.policies import set_mode
 from sb3_qsm.diffusion import NOISE_SCHEDULES, SAMPLERS
-from tests.test_run import DummyEnv
+from tests.test_run import BOX, DummyEnv
 
 OBSERVATIONS = spaces.Box(-1.0, 1.0, (3,), np.float32)
 #: Different for each action, none symmetric
@@ -270,15 +271,15 @@ def test_bounds_are_reached_exactly(monkeypatch):
 def test_rounding_does_not_leave_the_bounds(dtype):
     """SB3's arithmetic alone ends at 0.20000002 here."""
     rng = np.random.default_rng(0)
-    low = rng.uniform(-1.0, 0.0, 8).astype(dtype)
-    space = spaces.Box(low, (low + rng.uniform(0.1, 2.0, 8)).astype(dtype), dtype=dtype)
-    model = QSM("MlpPolicy", DummyEnv(spaces.Box(-1.0, 1.0, (3,)), space), policy_kwargs={"net_arch": [16]}, buffer_size=10)
-    for scaled in (-1.0, 1.0):
-        unscaled = model.policy.unscale_action(np.full((1, 8), scaled, np.float32))
-        np.testing.assert_allclose(unscaled[0], space.low if scaled < 0 else space.high, atol=1e-6)
-        assert (unscaled >= space.low).all()
-        assert (unscaled <= space.high).all()
-    actions, _ = model.predict(rng.normal(size=(300, 3)).astype(np.float32))
+    low, high = (rng.uniform(*between, 100).astype(dtype) for between in ((-1.0, 0.0), (0.1, 2.0)))
+    space = spaces.Box(np.append(low, dtype(-0.1)), np.append(high, dtype(0.2)), dtype=dtype)
+    model = QSM("MlpPolicy", DummyEnv(BOX, space), policy_kwargs={"net_arch": [16]}, buffer_size=10)
+    for scaled, bound in ((-1.0, space.low), (1.0, space.high)):
+        scaled = np.full((1, 101), scaled, np.float32)
+        np.testing.assert_allclose(model.policy.unscale_action(scaled)[0], bound, rtol=1e-5)
+        assert space.contains(model.policy.unscale_action(scaled)[0].astype(dtype))
+    assert not space.contains(BasePolicy.unscale_action(model.policy, scaled)[0].astype(dtype))
+    actions, _ = model.predict(rng.normal(size=(100, 3)).astype(np.float32))
     assert (np.abs(model.policy.scale_action(actions)) > 0.999).any()
     assert all(space.contains(action.astype(dtype)) for action in actions)
 

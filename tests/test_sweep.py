@@ -602,26 +602,22 @@ def test_runs_of_different_lengths_are_not_compared(comparison, capsys):
     assert not (comparison / "empty").exists()
 
 
-def test_runs_are_compared_at_the_steps_that_all_have(comparison):
-    """The tables, which have the last one, stay as they are."""
-    arguments = ["report", str(comparison / "sweep.yml"), "--out", str(comparison / "out")]
-    assert sweep.main(arguments) == 0
-    before = (comparison / "out" / "README.md").read_text()
-    text = COMPARISON.replace("seeds: [0], timesteps: 200", "seeds: [0], timesteps: 200, eval_freq: 50")
-    (comparison / "sweep.yml").write_text(text)
-    for cell, values in zip(
-        sweep.read_groups(comparison / "sweep.yml")["baselines"], ((10, 30, 35, 40), (1, 35)), strict=True
-    ):
-        origin = {"commit": "1234567", "resumed_from": "0"}
-        rows = [
-            {**cell.identity(), **origin, "timesteps": str(step), f"{cell.acting}_mean": str(value)}
-            for step, value in zip(cell.steps, values, strict=False)
-        ]
-        cell.path(comparison / "out" / "raw").unlink()
-        write_rows(cell.path(comparison / "out" / "raw"), rows)
-    assert cell.steps == [50, 100, 150, 200]
-    assert sweep.main(arguments) == 0
-    assert (comparison / "out" / "README.md").read_text() == before
+def test_runs_are_compared_at_the_steps_that_all_have(tmp_path):
+    """Where groups are evaluated more or less often."""
+    runs = {}
+    for env, eval_freq in (("Pendulum-v1", 50), ("CartPole-v1", 100)):
+        random = Cell(env, 0, 0, "random", "default", {}, 100, 2)
+        runs[random] = [{f"{random.acting}_mean": "0", "timesteps": "0"}]
+        for algo, factor in (("sac", 1.0), ("qsm", 2.0)):
+            cell = Cell(env, 0, 200, algo, "default", {}, eval_freq, 2)
+            runs[cell] = [{f"{cell.acting}_mean": str(factor * step), "timesteps": str(step)} for step in cell.steps]
+    results = report.Results(runs)
+    assert results.tasks("qsm") == ["Pendulum-v1", "CartPole-v1"]
+    np.testing.assert_allclose(results.scores("qsm", results.tasks("qsm")), [[[1.0, 2.0], [1.0, 2.0]]])
+    assert results.steps.tolist() == [100, 200]
+    for draw in (report.draw_curves, report.draw_aggregate):
+        assert draw(results, tmp_path / "picture.png").is_file()
+    assert "| QSM | 2.00 | 2.00 (Pendulum-v1) | 1.00 | 2 of 2 | 1 |" in report.comparison_tables(results)
 
 
 def test_the_zero_is_the_mean_over_the_random_policys_seeds(tmp_path):
