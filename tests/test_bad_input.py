@@ -12,6 +12,7 @@ from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.save_util import load_from_pkl, load_from_zip_file
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_qsm import QSM
@@ -160,6 +161,16 @@ def test_an_action_that_cannot_vary():
     space = spaces.Box(np.array([-1.0, 2.0], dtype=np.float32), np.array([1.0, 2.0], dtype=np.float32))
     with pytest.raises(ValueError, match=r"action_space: .* got low=\[-1.  2.\] and high=\[1. 2.\]"):
         make_model(DummyEnv(BOX, space))
+
+
+def test_lazy_layers():
+    class Lazy(FlattenExtractor):
+        def __init__(self, observation_space):
+            super().__init__(observation_space)
+            self.layer = th.nn.LazyLinear(self.features_dim)
+
+    with pytest.raises(ValueError, match="features_extractor_class Lazy has lazy layers"):
+        make_model(policy_kwargs={"features_extractor_class": Lazy})
 
 
 def test_policy_that_does_not_fit_the_observations():

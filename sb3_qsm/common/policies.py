@@ -470,6 +470,11 @@ class DiffusionPolicy(BasePolicy):
 
     def _build(self, lr_schedule: Schedule) -> None:
         self.actor = self.make_actor()
+        if any(isinstance(parameter, nn.UninitializedParameter) for parameter in self.actor.parameters()):
+            raise ValueError(
+                f"features_extractor_class {type(self.actor.features_extractor).__name__} has lazy layers, whose parameters are "
+                "not made yet and cannot be copied to target networks: give them their sizes"
+            )
         self.actor_ema = copy.deepcopy(self.actor).requires_grad_(False).eval() if self.has_actor_ema else None
         self.actor.optimizer = self._make_optimizer(self.actor.parameters(), lr_schedule)
 
@@ -640,8 +645,9 @@ class DiffusionPolicy(BasePolicy):
         :param scaled_action: Actions
         :return: Actions in the action space
         """
-        low, high = self.actor.action_space.low, self.actor.action_space.high
-        actions: np.ndarray[Any, Any] = np.minimum(np.maximum(super().unscale_action(scaled_action), low), high)
+        space = self.action_space
+        assert isinstance(space, spaces.Box)
+        actions: np.ndarray[Any, Any] = np.minimum(np.maximum(super().unscale_action(scaled_action), space.low), space.high)
         return actions
 
 

@@ -125,8 +125,9 @@ class ScoreNetwork(nn.Module):
         layer = self.input_layer
         parameters = [steps, self.fourier.weight, *self.time_mlp.parameters(), layer.weight, layer.bias]
         key = [(parameter.data_ptr(), parameter._version) for parameter in parameters]
-        # The counters see neither the fused optimizers nor what is done to ``parameter.data``. Both change all parameters, so
-        # that the values of the vectors among them give them away; the layer's bias is one even if there is no other
+        # The counters see neither the fused optimizers nor what is done to ``parameter.data``. Both usually change all
+        # parameters, so that the values of the vectors among them give them away; the layer's bias is one even if there is no
+        # other. A single matrix that is changed through its ``data`` is not seen
         vectors = [parameter for parameter in parameters if parameter.dim() == 1]
         if self._time_cache is None or key != self._time_cache[0] or not all(map(th.equal, vectors, self._time_cache[1])):
             self._time_cache = key, [vector.clone() for vector in vectors], self.time_table(steps, weight)
