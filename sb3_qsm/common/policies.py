@@ -472,8 +472,8 @@ class DiffusionPolicy(BasePolicy):
         self.actor = self.make_actor()
         if any(isinstance(parameter, nn.UninitializedParameter) for parameter in self.actor.parameters()):
             raise ValueError(
-                f"features_extractor_class {type(self.actor.features_extractor).__name__} has lazy layers, whose parameters are "
-                "not made yet and cannot be copied to target networks: give them their sizes"
+                f"features_extractor_class {type(self.actor.features_extractor).__name__} has lazy layers, whose parameters "
+                "are not made yet and cannot be copied to target networks: give them their sizes"
             )
         self.actor_ema = copy.deepcopy(self.actor).requires_grad_(False).eval() if self.has_actor_ema else None
         self.actor.optimizer = self._make_optimizer(self.actor.parameters(), lr_schedule)
