@@ -40,7 +40,8 @@ def main() -> None:
     for step, returns in zip(evaluations["timesteps"], evaluations["results"], strict=True):
         print(f"step {step}: return {returns.mean():.0f} ± {returns.std():.0f}")
     episodes = load_results(str(args.out))  # a pandas.DataFrame with a row for each training episode
-    print(f"{len(episodes)} training episodes, the last return {episodes['r'].iloc[-1]:.0f}")
+    last = f", the last return {episodes['r'].iloc[-1]:.0f}" if len(episodes) else ""
+    print(f"{len(episodes)} training episodes{last}")
 
     best = QSM.load(args.out / "best_model")
     observation, _ = eval_env.reset(seed=0)

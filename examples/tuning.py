@@ -53,6 +53,7 @@ def main() -> None:
             "one_minus_gamma": 0.01,
             "exploration_noise": 0.1,
             "target_policy_noise": 0.0,
+            "n_steps": 3,
         }
     )
     study.optimize(objective, n_trials=args.trials)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -248,6 +249,15 @@ def check_tuning(folder: Path) -> None:
     found = re.search(r"QSM arguments: (.*)", stdout)
     assert found is not None
     QSM("MlpPolicy", "Pendulum-v1", **ast.literal_eval(found[1]), buffer_size=10)
+    # The trial that is enqueued is the defaults
+    source = SCRIPT.with_name("tuning.py").read_text()
+    enqueued = re.search(r"enqueue_trial\((.*?)\n    \)", source, re.DOTALL)
+    assert enqueued is not None
+    first = importlib.import_module("sb3_qsm.zoo.hyperparams").convert_qsm_params(ast.literal_eval(enqueued[1].strip()))
+    defaults = {name: parameter.default for name, parameter in inspect.signature(QSM).parameters.items()}
+    assert first.pop("policy_kwargs") == {"net_arch": [256, 256]}
+    assert QSM("MlpPolicy", "Pendulum-v1", buffer_size=10)._resolve_n_steps() == first.pop("n_steps")
+    assert {name: defaults[name] for name in first} == pytest.approx(first)
 
 
 def check_resume(folder: Path) -> None:

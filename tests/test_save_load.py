@@ -554,6 +554,14 @@ def test_rows_with_other_goals_get_both_roles_in_the_actors_batch():
     assert batch.actions.shape == (64, 3)
 
 
+def test_misspelt_argument_at_loading(tmp_path):
+    make_model().save(tmp_path / "model")
+    with pytest.raises(TypeError, match="QSM has no argument 'prior_sdt'; did you mean 'prior_std'"):
+        QSM.load(tmp_path / "model", prior_sdt=1.0)
+    # Arguments, and what is in the file
+    assert QSM.load(tmp_path / "model", prior_std=1.0, num_timesteps=7).num_timesteps == 7
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"compile": True}, {"critic_reduction": "min"}])
 def test_pickled_models_train_on_alike(kwargs):
     """As Stable-Baselines3's can be sent to another process; what is compiled is compiled there."""

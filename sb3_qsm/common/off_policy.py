@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import difflib
+import inspect
 import io
 import json
 import math
@@ -480,11 +482,19 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         :param kwargs: Extra arguments to change the model when loading
         :return: New model instance with loaded parameters
         :raises ValueError: if the file is no saved model, is damaged, or was saved by another algorithm
+        :raises TypeError: if an argument in ``kwargs`` is neither one of the constructor nor in the file
         """
         if not isinstance(path, io.BufferedIOBase) and pathlib.Path(path).is_dir():
             # As the command line leaves them: the file of a run beside a folder of the same name
             path = pathlib.Path(path).with_name(f"{pathlib.Path(path).name}.zip")
-        cls._check_saved_file(path)
+        saved = cls._check_saved_file(path)
+        parameters = inspect.signature(cls).parameters
+        for name in kwargs:
+            # SB3 makes an attribute of whatever it is
+            if name not in parameters and name not in saved and "kwargs" not in parameters:
+                near = difflib.get_close_matches(name, parameters, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise TypeError(f"{cls.__name__} has no argument {name!r}{hint}")
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     def save_safe(self, path: str | os.PathLike[str] | io.BufferedIOBase) -> None:
@@ -525,8 +535,8 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         return load_safe(cls, path, env, device, **kwargs)
 
     @classmethod
-    def _check_saved_file(cls, path: str | pathlib.Path | io.BufferedIOBase) -> None:
-        """Refuse a file that is no model of this algorithm, before anything in it is unpickled."""
+    def _check_saved_file(cls, path: str | pathlib.Path | io.BufferedIOBase) -> dict[str, Any]:
+        """Refuse a file that is no model of this algorithm, before anything in it is unpickled; what is saved, by name."""
         file = open_path(path, "r", verbose=0, suffix="zip")
         start = file.tell()
         try:
@@ -546,6 +556,7 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
             policy = data.get("policy_class", {}) if isinstance(data, dict) else {}
             saved_by = policy.get("__module__", "another algorithm") if isinstance(policy, dict) else "another algorithm"
             raise ValueError(f"{path} was not saved by {cls.__name__} but by {saved_by}")
+        return data
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "_loaded_statistics", "_statistics"]

@@ -416,8 +416,9 @@ class DiffusionPolicy(BasePolicy):
             normalize_images=normalize_images,
         )
         for name, activation in (("activation_fn", activation_fn), ("critic_activation_fn", critic_activation_fn)):
-            if isinstance(activation, nn.Module):
-                raise ValueError(f"{name} must be a class, such as nn.{type(activation).__name__}, got {activation!r}")
+            if isinstance(activation, (nn.Module, str)):
+                example = type(activation).__name__ if isinstance(activation, nn.Module) else "SiLU"
+                raise ValueError(f"{name} must be a class, such as nn.{example}, got {activation!r}")
         if net_arch is None:
             net_arch = [256, 256]
         actor_arch, critic_arch = get_actor_critic_arch(net_arch)

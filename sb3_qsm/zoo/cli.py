@@ -20,6 +20,7 @@ import gymnasium as gym
 import numpy as np
 import optuna
 import yaml
+from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_qsm import __version__
@@ -71,6 +72,21 @@ _ENV_PACKAGES = {
 _RESUME_OPTIONS = ("resume", "checkpoint_freq", "keep_checkpoint", "device", "num_threads", "verbose", "progress")
 
 
+# Besides the first, what rl_zoo3, SB3 and gymnasium raise for what a user gave, which rl_zoo3 evaluates as Python
+_USERS_MISTAKES = (
+    UserError,
+    ValueError,
+    AssertionError,
+    OSError,
+    ImportError,
+    gym.error.Error,
+    ArithmeticError,
+    NameError,
+    SyntaxError,
+    yaml.YAMLError,
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """
     Run a subcommand.
@@ -92,9 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(f"unknown subcommand {command!r}{hint} (known ones: {', '.join(COMMANDS)})")
         _run(command, arguments)
-    except (UserError, ValueError, AssertionError, OSError, ImportError, gym.error.Error) as error:
-        # rl_zoo3, SB3 and gymnasium raise the last five for what a user gave; an assertion without a message is a mistake of
-        # a programmer
+    except _USERS_MISTAKES as error:
+        # An assertion without a message is a mistake of a programmer
         if os.environ.get(TRACEBACK_VARIABLE) or (isinstance(error, AssertionError) and not str(error)):
             raise
         name = "" if isinstance(error, (UserError, ValueError, AssertionError)) else f"{type(error).__name__}: "
@@ -168,7 +183,7 @@ def _hooked_parser(options: "_Options") -> Iterator[None]:
         options.prepare(parser)
         try:
             parsed = real_parse_args(parser, *args)
-        except (NameError, SyntaxError, TypeError) as error:
+        except (ArithmeticError, NameError, SyntaxError, TypeError) as error:
             # rl_zoo3 evaluates NAME:VALUE
             raise UserError(f"values in NAME:VALUE must be Python expressions: {error}") from error
         return options.check(parser, parsed)
@@ -301,6 +316,14 @@ class _Options:
             raise UserError(f"argument --heartbeat: must be a number of seconds >= 0, got {args.heartbeat}")
         if args.resume is not None:
             return args
+        for name, option, lowest in (("n_timesteps", "-n", 1), ("eval_episodes", "--eval-episodes", 1)):
+            value = getattr(args, name)
+            if value < lowest and value != parser.get_default(name):
+                raise UserError(f"argument {option}: must be an integer >= {lowest}, got {value}")
+        try:
+            get_device(args.device)
+        except RuntimeError as error:
+            raise UserError(f"argument --device: {_one_line(error)}") from error
         if args.trained_agent and not (args.trained_agent.endswith(".zip") and os.path.isfile(args.trained_agent)):
             raise UserError(f"argument --trained-agent: {args.trained_agent!r} is not a file that ends in .zip")
         if args.trained_agent and args.optimize_hyperparameters:
@@ -313,6 +336,10 @@ class _Options:
         _check_conf_file(args.conf_file)
         _check_writable("--log-folder", args.log_folder)
         if args.storage is not None:
+            reads = not args.optimize_hyperparameters and args.storage.endswith(".log")
+            if reads and not os.path.isfile(args.storage):
+                # Optuna would make it
+                raise UserError(f"argument --storage: {args.storage!r} is not there")
             storage = open_storage(args.storage)
             if args.study_name is not None and not args.optimize_hyperparameters:
                 _check_trial(args, storage)

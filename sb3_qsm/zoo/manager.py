@@ -109,10 +109,32 @@ class ZooExperimentManager(ExperimentManager):
         if self.algo in ALGORITHMS:
             known = {*_ZOO_NAMES, *constructor_arguments(ALGOS[self.algo]).difference(_COMMAND_LINE_NAMES)}
             check_names(f"hyperparameter of {self.algo}", hyperparams, known, f" (from {self.config} and -params)")
+            self._check_needed(hyperparams)
         return hyperparams, saved
+
+    def _check_needed(self, hyperparams: dict[str, Any]) -> None:
+        """Refuse hyperparameters without what rl_zoo3 needs, and make numbers of what YAML takes for text."""
+        for name in ("policy", "n_timesteps"):
+            if name not in hyperparams:
+                raise UserError(f"{self.config} has no {name} for {self.env_name}, nor has -params")
+        for name in ("n_timesteps", "n_envs"):
+            value = hyperparams.get(name, 1)
+            try:
+                number = int(float(value))
+            except (TypeError, ValueError, OverflowError):
+                number = 0
+            if number < 1 or isinstance(value, bool):
+                raise UserError(f"{name} must be an integer >= 1, got {value!r} (from {self.config} and -params)")
+            if name in hyperparams:
+                hyperparams[name] = number
 
     def _preprocess_schedules(self, hyperparams: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
         """Let the actor's learning rate be a schedule too; rl_zoo3 knows the names of the others."""
+        for name in ("learning_rate", "actor_learning_rate"):
+            if isinstance(hyperparams.get(name), str):
+                # YAML takes 3e-4 for text; it wants 3.0e-4
+                with contextlib.suppress(ValueError):
+                    hyperparams[name] = float(hyperparams[name])
         rate = hyperparams.get("actor_learning_rate")
         if isinstance(rate, str):
             kind, *numbers = rate.split("_")
@@ -178,7 +200,9 @@ class ZooExperimentManager(ExperimentManager):
         try:
             self.lock.acquire(timeout=0)
         except Timeout as error:
-            raise UserError(f"argument --resume: another process is still training in {self.save_path!r}") from error
+            hint = "argument --resume: " if self.run_folder is not None else ""
+            again = "" if hint else ": start it again for a run of its own"
+            raise UserError(f"{hint}another process is still training in {self.save_path!r}{again}") from error
         self.callbacks.append(RunCheckpointCallback(self.args.checkpoint_freq, self.save_path, self.verbose))
 
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
@@ -282,7 +306,17 @@ class ZooExperimentManager(ExperimentManager):
         return value
 
     def hyperparameters_optimization(self) -> None:
-        """Work on the study until it has its trials; those that a killed worker left unfinished are done again."""
+        """
+        Work on the study until it has its trials; those that a killed worker left unfinished are done again. There is no run:
+        its folder, in which ``enjoy`` would look for a model, does not stay.
+        """
+        try:
+            self._work_on_study()
+        finally:
+            if self._made_folder:
+                shutil.rmtree(self.save_path, ignore_errors=True)
+
+    def _work_on_study(self) -> None:
         heartbeat: int = self.args.heartbeat
         while True:
             with studies_with_heartbeat(heartbeat) as studies:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import socket
 import time
 import warnings
@@ -42,8 +43,8 @@ def open_storage(url: str, heartbeat: int = 0) -> BaseStorage:
         shown = sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
     except (sqlalchemy.exc.ArgumentError, ValueError) as error:
         raise UserError(
-            f"argument --storage: {url!r} is neither a journal file (NAME.log) nor the URL of a database, such as "
-            "postgresql://USER@HOST/DATABASE"
+            f"argument --storage: {_without_password(url)!r} is neither a journal file (NAME.log) nor the URL of a database, "
+            "such as postgresql+psycopg://USER@HOST/DATABASE"
         ) from error
     for attempt in range(5):
         try:
@@ -65,6 +66,11 @@ def experimental() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         yield
+
+
+def _without_password(url: str) -> str:
+    """A text that is no URL, without what may be a password in it."""
+    return re.sub(r":[^:/@]+@", ":***@", url)
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ import shutil
 import optuna
 import pytest
 
+from sb3_qsm import QSM
 from sb3_qsm.zoo.manager import constructor_arguments
 from sb3_qsm.zoo.storage import open_storage
 from tests.zoo.conftest import SHORT
@@ -40,6 +41,26 @@ BAD = {
     "wrong name in YAML": (
         ["train", *PENDULUM, *HERE, "-conf", "{tmp}/wrong_name.yml"],
         ["'temprature'", "wrong_name.yml", "nearest valid one is 'temperature'"],
+    ),
+    "YAML without a policy": (["train", *PENDULUM, *HERE, "-conf", "{tmp}/no_policy.yml"], ["no_policy.yml has no policy"]),
+    "YAML without a length": (["train", *PENDULUM, *HERE, "-conf", "{tmp}/no_length.yml"], ["has no n_timesteps"]),
+    "number of environments": (["train", *PENDULUM, *HERE, "-params", "n_envs:'two'"], ["n_envs", "integer >= 1, got 'two'"]),
+    "no environments": (["train", *PENDULUM, *HERE, "-params", "n_envs:0"], ["n_envs must be an integer >= 1, got 0"]),
+    "no steps": (["train", *PENDULUM, *HERE, "-n", "0"], ["argument -n: must be an integer >= 1, got 0"]),
+    "no evaluation": (["train", *PENDULUM, *HERE, "--eval-episodes", "0"], ["--eval-episodes", ">= 1, got 0"]),
+    "unknown device": (["train", *PENDULUM, *HERE, "--device", "foo"], ["--device", "foo"]),
+    "expression that fails": (["train", *PENDULUM, *HERE, "-params", "temperature:1/0"], ["NAME:VALUE", "division by zero"]),
+    "text that is no Python": (
+        ["train", *PENDULUM, *HERE, "-params", "policy_kwargs:'dict(net_arch=[64'"],
+        ["SyntaxError", "never closed"],
+    ),
+    "unknown buffer": (
+        ["train", *PENDULUM, *HERE, "-params", "replay_buffer_class:'HerReplyBuffer'"],
+        ["NameError", "HerReplyBuffer"],
+    ),
+    "activation by name": (
+        ["train", *PENDULUM, *HERE, "-params", "policy_kwargs:dict(activation_fn='relu')"],
+        ["activation_fn must be a class, such as nn.SiLU, got 'relu'"],
     ),
     "wrong name": (
         ["train", *PENDULUM, *HERE, "-params", "learning_rat:0.1"],
@@ -86,6 +107,10 @@ BAD = {
     ),
     "heartbeat": (["train", *PENDULUM, *HERE, "--heartbeat", "-1"], ["--heartbeat", ">= 0, got -1"]),
     "storage is nothing": (["train", "-optimize", *PENDULUM, *HERE, "--storage", "nonsense"], ["--storage", "'nonsense'"]),
+    "storage without a kind": (
+        ["train", "-optimize", *PENDULUM, *HERE, "--storage", "me:secret@host/db"],
+        ["--storage", "'me:***@host/db'", "postgresql+psycopg://USER@HOST/DATABASE"],
+    ),
     "storage unreachable": (
         ["train", "-optimize", *PENDULUM, *HERE, "--storage", "postgresql+psycopg://me:secret@127.0.0.1:1/db"],
         ["--storage", "cannot reach postgresql+psycopg://me:***@127.0.0.1:1/db"],
@@ -97,6 +122,10 @@ BAD = {
     "unknown study": (
         ["train", *PENDULUM, *HERE, "--storage", "{tmp}/journal.log", "--study-name", "other", "--trial-id", "1"],
         ["--study-name", "'other'", "there: study"],
+    ),
+    "missing journal": (
+        ["train", *PENDULUM, *HERE, "--storage", "{tmp}/other.log", "--study-name", "study", "--trial-id", "1"],
+        ["--storage", "other.log' is not there"],
     ),
     "unknown trial": (["train", *PENDULUM, *HERE, *STUDY, "--trial-id", "7"], ["--trial-id", "trials 0 to 1, got 7"]),
     "trial without a storage": (["train", *PENDULUM, *HERE, "--trial-id", "0"], ["--trial-id", "--storage and --study-name"]),
@@ -144,6 +173,8 @@ def test_one_clear_line(cli, logs, tmp_path, monkeypatch, name):
     (tmp_path / "broken.yml").write_text("Pendulum-v1:\n  policy: [unclosed\n")
     (tmp_path / "list.yml").write_text("- Pendulum-v1\n")
     (tmp_path / "wrong_name.yml").write_text("default:\n  policy: MlpPolicy\n  n_timesteps: 10\n  temprature: 1.0\n")
+    (tmp_path / "no_policy.yml").write_text("default:\n  n_timesteps: 10\n")
+    (tmp_path / "no_length.yml").write_text("default:\n  policy: MlpPolicy\n")
     (tmp_path / "a_file").write_text("not to be overwritten")
     (tmp_path / "a.safetensors").write_text("not one")
     (tmp_path / "a_pickle.pkl").write_bytes(b"\x80\x05]\x94.")
@@ -189,6 +220,15 @@ def test_a_run_in_progress_is_not_resumed_a_second_time(cli, tmp_path):
     assert {name: data for name, data in contents(run).items() if name != ".run.lock"} == before
 
 
+def test_numbers_that_yaml_takes_for_text(cli, tmp_path):
+    (tmp_path / "own.yml").write_text("default:\n  policy: MlpPolicy\n  n_timesteps: 1e2\n  learning_rate: 5e-4\n")
+    status, _, err = cli("train", *PENDULUM, "-f", tmp_path / "logs", "-conf", tmp_path / "own.yml", "--eval-freq", -1)
+    assert status == 0, err
+    model = QSM.load(tmp_path / "logs" / "qsm" / "Pendulum-v1_1" / "Pendulum-v1.zip")
+    assert model.num_timesteps == 100
+    assert model.lr_schedule(1.0) == 5e-4
+
+
 def test_the_traceback_is_there_for_who_wants_it(cli, monkeypatch):
     monkeypatch.setenv("SB3_QSM_TRACEBACK", "1")
     with pytest.raises(Exception, match="unknown environment"):
@@ -196,8 +236,6 @@ def test_the_traceback_is_there_for_who_wants_it(cli, monkeypatch):
 
 
 def test_nearest_name_is_the_nearest():
-    from sb3_qsm import QSM
-
     names = constructor_arguments(QSM)
     assert {"temperature", "q_grad_coef", "learning_rate", "policy_kwargs", "buffer_size"} <= names
     assert difflib.get_close_matches("qgradcoef", sorted(names), n=1) == ["q_grad_coef"]

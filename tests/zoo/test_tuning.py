@@ -162,6 +162,8 @@ def test_fixed_parameters_are_not_searched(cli, tmp_path):
         assert {name: trial.params[name] for name in fixed} == fixed
         assert trial.params.keys() == sampled_params(0, PLAIN).keys()
     assert len({trial.params["learning_rate"] for trial in study.trials}) == 4
+    # No run is left in which `enjoy` would look for a model
+    assert [path.name for path in (tmp_path / "logs" / "qsm").glob("Pendulum-v1_*")] == []
     assert convert_qsm_params(study.trials[0].params)["policy_kwargs"]["net_arch"] == [64, 64]
 
 
