@@ -9,6 +9,7 @@ import itertools
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -47,7 +48,7 @@ LINES = [
     )
 ]
 # Those of the machine or of other programs
-FOREIGN = ("sudo ", "ray ", "optuna-dashboard ", "for ", "done", "wait", "run=", "if ", "elif ", "fi", "MUJOCO_GL=egl ")
+FOREIGN = ("sudo ", "ray ", "optuna-dashboard ", "for ", "done", "wait", "checkpoint=", "if ", "elif ", "fi", "MUJOCO_GL=egl ")
 
 
 @pytest.fixture(scope="module")
@@ -351,3 +352,26 @@ def test_documented_links_to_files(path: Path):
     for target in re.findall(r"\]\(([^)#\s]+)", text):
         if not re.match(r"[a-z]+:", target):
             assert (path.parent / target).exists(), f"{path.name} links to {target}, which is not there"
+
+
+def test_the_recipe_for_a_queue_that_kills(tmp_path: Path):
+    """It finds the newest checkpoint, whatever the number of the run, and does nothing after a finished run."""
+    if shutil.which("bash") is None:
+        pytest.skip("needs bash")
+    text = (ROOT / "docs" / "cluster.md").read_text("utf-8")
+    (recipe,) = re.findall(r"```bash\n(checkpoint=.*?)```", text, re.DOTALL)
+    # Only what it decides is looked at here; what the commands do is tested in tests/zoo
+    script = f'sb3-qsm() {{ echo "$@"; }}\n{recipe}'
+
+    def decision() -> str:
+        run = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return run.stdout.strip()
+
+    assert decision().startswith("train --env HalfCheetah-v5 -f logs")
+    runs = [tmp_path / "logs" / "qsm" / f"HalfCheetah-v5_{number}" for number in (1, 2)]
+    for run in runs:
+        run.mkdir(parents=True)
+    (runs[1] / "checkpoint.zip").touch()
+    assert decision() == "train --resume logs/qsm/HalfCheetah-v5_2"
+    (runs[1] / "checkpoint.zip").rename(runs[1] / "HalfCheetah-v5.zip")
+    assert decision() == ""

@@ -478,8 +478,16 @@ def _choose_conf_file(args: argparse.Namespace) -> None:
             args.conf_file = str(hyperparams_file(args.algo))
         return
     if not os.path.exists(args.conf_file):
-        with contextlib.suppress(FileNotFoundError):
+        try:
             args.conf_file = str(hyperparams_file(args.conf_file))
+        except FileNotFoundError as error:
+            # rl_zoo3 imports what has no suffix
+            if args.conf_file.isidentifier() and importlib.util.find_spec(args.conf_file) is None:
+                shipped = sorted(path.stem for path in hyperparams_file("qsm").parent.glob("*.yml"))
+                raise UserError(
+                    f"argument --conf-file: {args.conf_file!r} is no file, no Python module and none of the shipped files, "
+                    f"which are {', '.join(shipped)}"
+                ) from error
 
 
 def _check_conf_file(name: str | None) -> None:

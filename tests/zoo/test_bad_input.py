@@ -33,6 +33,10 @@ BAD = {
         ["train", *PENDULUM, *HERE, "-conf", "{tmp}/missing.yml"],
         ["--conf-file", "missing.yml", "No such file"],
     ),
+    "configuration that is not shipped": (
+        ["train", *PENDULUM, *HERE, "-conf", "qsm_papr"],
+        ["--conf-file", "'qsm_papr'", "ddiffpg, qsm, qsm_paper"],
+    ),
     "broken YAML": (
         ["train", *PENDULUM, *HERE, "-conf", "{tmp}/broken.yml"],
         ["--conf-file", "broken.yml", "in line 3, column 1"],
