@@ -365,21 +365,9 @@ def test_a_killed_worker_loses_its_trial_only(request, tmp_path, kind):
 def test_a_sample_that_does_not_go_with_what_is_given_is_pruned(cli, tmp_path):
     """Half of the trials have fewer diffusion steps than are asked for in acting; the study goes on."""
     status, out, err = cli(
-        *(
-            "train",
-            "--env",
-            "Pendulum-v1",
-            "-optimize",
-            "-n",
-            160,
-            "--n-trials",
-            6,
-            "--n-evaluations",
-            1,
-            "--eval-episodes",
-            1,
-        ),
-        *("--no-optim-plots", "--seed", 1, "-f", tmp_path, "-params", "learning_starts:100", "sampling_steps:10"),
+        *("train", "--env", "Pendulum-v1", "-optimize", "-n", 110, "--n-trials", 6, "--n-evaluations", 1),
+        *("--eval-episodes", 1, "--no-optim-plots", "--seed", 1, "-f", tmp_path),
+        *("-params", "learning_starts:100", "sampling_steps:10", "--fixed", "net_arch:small", "batch_size_pow:5"),
     )
     assert status == 0, err
     pruned = re.findall(
