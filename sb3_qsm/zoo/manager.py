@@ -313,9 +313,9 @@ class ZooExperimentManager(ExperimentManager):
         try:
             self._work_on_study()
         finally:
-            files = {path.name for path in Path(self.save_path).rglob("*") if path.is_file()}
+            files = {path.name for path in Path(self.save_path).rglob("*") if not path.name.endswith(".monitor.csv")}
             # A training that began at the same moment may share it
-            if self._made_folder and files <= {"args.yml", "config.yml", "command.txt"}:
+            if self._made_folder and files <= {str(self.env_name), "args.yml", "config.yml", "command.txt"}:
                 shutil.rmtree(self.save_path, ignore_errors=True)
 
     def _work_on_study(self) -> None:
