@@ -324,8 +324,8 @@ class _Options:
             get_device(args.device)
         except RuntimeError as error:
             raise UserError(f"argument --device: {_one_line(error)}") from error
-        if args.trained_agent and not (args.trained_agent.endswith(".zip") and os.path.isfile(args.trained_agent)):
-            raise UserError(f"argument --trained-agent: {args.trained_agent!r} is not a file that ends in .zip")
+        if args.trained_agent:
+            _check_file("--trained-agent", args.trained_agent, ".zip")
         if args.trained_agent and args.optimize_hyperparameters:
             raise UserError("argument --trained-agent: a study trains agents of its own, so it cannot go on with one")
         if args.fixed is not None and not args.optimize_hyperparameters:
@@ -390,6 +390,20 @@ class _Options:
             yield
 
 
+def _check_file(argument: str, name: str, suffix: str) -> None:
+    """
+    Refuse what is not there, is no file or is of another kind.
+
+    :param argument: Name of the argument, for the message
+    :param name: File
+    :param suffix: What its name must end in
+    """
+    if not os.path.exists(name):
+        raise UserError(f"argument {argument}: {name!r} is not there")
+    if not (name.endswith(suffix) and os.path.isfile(name)):
+        raise UserError(f"argument {argument}: {name!r} is not a file that ends in {suffix}")
+
+
 def _check_safe(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """
     Refuse a safe file that is none, or beside options that choose another one.
@@ -403,8 +417,7 @@ def _check_safe(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         default = "logs" if name == "folder" else parser.get_default(name)
         if getattr(args, name) != default:
             raise UserError(f"argument --safe: names the file to play, so --{name.replace('_', '-')} cannot be given")
-    if Path(args.safe).suffix != f".{SUFFIX}" or not Path(args.safe).is_file():
-        raise UserError(f"argument --safe: {args.safe!r} is not a file that ends in .{SUFFIX}")
+    _check_file("--safe", args.safe, f".{SUFFIX}")
 
 
 def _resumed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:

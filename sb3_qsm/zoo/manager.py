@@ -180,6 +180,29 @@ class ZooExperimentManager(ExperimentManager):
                 shutil.rmtree(self.save_path, ignore_errors=True)
             raise
 
+    def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
+        """
+        Make environments.
+
+        :param n_envs: Number of environments
+        :param eval_env: Whether they are for evaluation
+        :param no_log: Whether they write no monitor files
+        :return: The environments
+        :raises UserError: if the environment refuses its arguments
+        """
+        try:
+            env: VecEnv = super().create_envs(n_envs, eval_env, no_log)
+        except TypeError as error:
+            given = self.eval_env_kwargs if eval_env else self.env_kwargs
+            if not given:
+                raise
+            # Without arguments of their own the environments of evaluations, which are made first, have those of the training
+            own = eval_env and self.args.eval_env_kwargs is not None
+            raise UserError(
+                f"argument --{'eval-' if own else ''}env-kwargs: {self.env_name} does not take {given}: {error}"
+            ) from error
+        return env
+
     def create_log_folder(self) -> None:
         """Make the run's folder, and know whether it was this process that made it: two that begin together may share one."""
         os.makedirs(os.path.dirname(self.save_path), exist_ok=True)

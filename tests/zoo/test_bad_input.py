@@ -90,7 +90,19 @@ BAD = {
     "log folder is a file": (["train", *PENDULUM, "-f", "{tmp}/a_file"], ["--log-folder", "a_file"]),
     # /proc takes no files from anybody, root included
     "log folder not writable": (["train", *PENDULUM, "-f", "/proc/logs"], ["--log-folder", "'/proc/logs'"]),
-    "trained agent missing": (["train", *PENDULUM, *HERE, "-i", "{tmp}/no.zip"], ["--trained-agent", "no.zip"]),
+    "trained agent missing": (["train", *PENDULUM, *HERE, "-i", "{tmp}/no.zip"], ["--trained-agent", "no.zip' is not there"]),
+    "trained agent of another kind": (
+        ["train", *PENDULUM, *HERE, "-i", "{tmp}/a_file"],
+        ["--trained-agent", "a_file' is not a file that ends in .zip"],
+    ),
+    "argument that the environment refuses": (
+        ["train", *PENDULUM, *HERE, "--env-kwargs", "gravty:9.81"],
+        ["argument --env-kwargs", "Pendulum-v1", "{'gravty': 9.81}", "unexpected keyword argument"],
+    ),
+    "argument that the environment of evaluations refuses": (
+        ["train", *PENDULUM, *HERE, "--eval-env-kwargs", "gravty:9.81"],
+        ["argument --eval-env-kwargs", "Pendulum-v1", "{'gravty': 9.81}", "unexpected keyword argument"],
+    ),
     "resume from nothing": (["train", "--resume", "{tmp}/nowhere"], ["--resume", "nowhere"]),
     "resume from an empty folder": (["train", "--resume", "{tmp}/empty"], ["--resume", "empty", "not the folder of one run"]),
     "resume from a finished run": (
