@@ -12,8 +12,12 @@ from torch import nn
 from sb3_qsm import QSM
 from sb3_qsm.common.performance import check_precision, has_bf16
 from sb3_qsm.diffusion import ScoreNetwork
-from sb3_qsm.diffusion.linear import addmm, linear, prefers_onednn
+from sb3_qsm.diffusion.linear import _OneDnnLinear, addmm, has_wide_units, linear
 
+# Where it is not preferred it computes the same
+needs_onednn = pytest.mark.skipif(
+    not (th._C._has_mkldnn and hasattr(th.ops.mkldnn, "_linear_pointwise")), reason="PyTorch was built without oneDNN"
+)
 needs_bf16 = pytest.mark.skipif(not has_bf16(th.device("cpu")), reason="the processor has no bfloat16 instructions")
 
 
@@ -99,7 +103,33 @@ def compare_compiled_models():
         th.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.skipif(not prefers_onednn(), reason="oneDNN is not the faster library here")
+@pytest.mark.parametrize(
+    ("vendor", "family", "expected"), [("AuthenticAMD", 25, False), ("AuthenticAMD", 26, True), ("GenuineIntel", 26, False)]
+)
+def test_onednn_is_for_processors_with_wide_units(vendor, family, expected):
+    core = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 17\n"
+    assert has_wide_units(core + core.replace(": 0", ": 1")) is expected
+    assert not has_wide_units(f"vendor_id\t: {vendor}\n")
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_by_onednn_is_the_ordinary_one(bias):
+    generator = th.Generator().manual_seed(0)
+    shapes = [(32, 24), (48, 24), *([(48,)] if bias else [])]
+    inputs = [th.randn(*shape, generator=generator, dtype=th.float64).requires_grad_() for shape in shapes]
+    expected = linear(*inputs)
+    factor = th.randn(expected.shape, generator=generator, dtype=th.float64)
+    expected_gradients = th.autograd.grad((expected * factor).sum(), inputs)
+    single = [tensor.detach().float().requires_grad_() for tensor in inputs]
+    actual = _OneDnnLinear.apply(*single, *([] if bias else [None]))
+    th.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+    actual_gradients = th.autograd.grad((actual * factor.float()).sum(), single)
+    for gradient, expected_gradient in zip(actual_gradients, expected_gradients, strict=True):
+        th.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-5)
+
+
+@needs_onednn
 def test_onednn_replaces_the_products_of_a_graph():
     from torch.fx.experimental.proxy_tensor import make_fx
 

@@ -1,11 +1,12 @@
 """
 Linear layers that take the faster of PyTorch's two matrix libraries, and under autocast the faster precision.
 
-PyTorch multiplies float32 matrices with Intel's MKL, which leaves half of the speed of AMD processors with AVX-512 unused;
-oneDNN, which PyTorch ships beside it, does not (``benchmarks/results/speed/techniques.md``). Its operator is the one that
+PyTorch multiplies float32 matrices with Intel's MKL, which computes with half of the width of AMD's Zen 5; oneDNN, which
+PyTorch ships beside it, takes all of it (``benchmarks/results/speed/techniques.md``). Its operator is the one that
 ``torch.compile`` inserts when it freezes a network. Where it is not there, or not faster, the layers are ordinary ones.
 """
 
+import re
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -20,6 +21,8 @@ MIN_ROWS = 16
 MIN_WEIGHTS = 1024
 #: Rows, inputs or outputs below which a product with bfloat16 operands takes longer than in float32, conversions included
 MIN_BF16 = 32
+#: AMD's number of the Zen 5 processors
+ZEN5_FAMILY = 26
 #: Rows from which on a whole network is faster in bfloat16
 MIN_BF16_ROWS = 128
 
@@ -29,14 +32,24 @@ def prefers_onednn() -> bool:
     """
     Whether oneDNN multiplies float32 matrices faster than MKL on this machine.
 
-    :return: True on AMD processors with AVX-512
+    :return: True on AMD processors that have AVX-512 in its full width
     """
     if not (th._C._has_mkldnn and hasattr(th.ops.mkldnn, "_linear_pointwise")):
         return False
     if th.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
+    return cpuinfo.exists() and has_wide_units(cpuinfo.read_text())
+
+
+def has_wide_units(cpuinfo: str) -> bool:
+    """
+    :param cpuinfo: What ``/proc/cpuinfo`` holds, of a processor with AVX-512
+    :return: Whether it is AMD's and computes 512 bits at once. Before Zen 5, family 26, it takes them in two halves, as fast
+        as MKL does
+    """
+    family = re.search(r"^cpu family\s*:\s*(\d+)", cpuinfo, re.MULTILINE)
+    return "AuthenticAMD" in cpuinfo and family is not None and int(family[1]) >= ZEN5_FAMILY
 
 
 def _matmul(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None = None) -> th.Tensor:
