@@ -4,7 +4,7 @@ Draw what too small, right and too large temperatures do: three policies, each t
     python docs/make_figures.py
 
 The task is the point between four goals, whose first state has four equally good actions. Each picture shows actions that
-the policy draws there, over the minimum of its critics, and a line of what is logged.
+the policy draws there, over the minimum of its critics; what is logged is printed.
 """
 
 import argparse
