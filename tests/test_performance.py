@@ -264,7 +264,8 @@ def test_bf16_acting(tmp_path):
     model = make_model(precision="bf16")
     few, _ = model.predict(np.zeros((127, 1), dtype=np.float32), deterministic=True)
     many, _ = model.predict(np.zeros((128, 1), dtype=np.float32), deterministic=True)
-    assert (few == few[0]).all() and (many == many[0]).all() and few[0] != many[0]
+    # Rows at the edge of a product may be rounded in another way; bfloat16 is far more than that
+    assert np.ptp(few) < 1e-6 and np.ptp(many) < 1e-6 and abs(few[0] - many[0]) > 1e-4
     obs = np.random.default_rng(0).uniform(-1, 1, size=(128, 1)).astype(np.float32)
     actions, _ = model.predict(obs, deterministic=True)
     model.actor.precision = "float32"
