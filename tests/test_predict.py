@@ -79,7 +79,7 @@ def test_deterministic_action_is_a_function_of_the_observation(sampler, noise_sc
 @pytest.mark.parametrize(
     ("change", "kwargs"),
     [
-        *((change, {}) for change in ("train", "data", "load", "set", "vector")),
+        *((change, {}) for change in ("train", "frozen", "data", "load", "set", "vector")),
         # The frequencies of the only step, 0, get no gradient
         ("train", {"diffusion_steps": 1, "noise_schedule": "linear", "policy_kwargs": {"time_arch": ()}}),
     ],
@@ -91,7 +91,9 @@ def test_acting_follows_the_parameters(change, kwargs):
     obs = observations(1)
     before, _ = model.predict(obs, deterministic=True)
     model.predict(obs, deterministic=True)
-    if change == "train":
+    if change in ("train", "frozen"):
+        for parameter in network.parameters():
+            parameter.requires_grad_(change == "train" or parameter.dim() > 1)
         model.learning_rate = model.lr_schedule = lambda _: 0.05
         model.learn(20)
     elif change == "data":

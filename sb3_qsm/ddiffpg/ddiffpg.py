@@ -576,6 +576,7 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         loss.backward()  # type: ignore[no-untyped-call]
         self._check_finite("actor_loss", {"actor_loss": loss.detach()})
         self.actor.optimizer.step()
+        self.actor.score_network.forget_time_table()
         return {
             "actor_loss": loss.detach(),
             "target_action_shift": (target_actions - batch.transitions.actions).abs().mean(),

@@ -133,6 +133,10 @@ class ScoreNetwork(nn.Module):
             self._time_cache = key, [vector.clone() for vector in vectors], self.time_table(steps, weight)
         return self._time_cache[2]
 
+    def forget_time_table(self) -> None:
+        """After a step of an optimizer on these parameters: a fused one on matrices alone would not be seen."""
+        self._time_cache = None
+
     def factored(self, features: th.Tensor, actions: th.Tensor, t: th.Tensor, steps: th.Tensor) -> th.Tensor:
         """
         The same function as :meth:`forward`, with the embedding of time computed for the steps there are, not for every

@@ -1,6 +1,8 @@
 """Q-score matching on Stable-Baselines3."""
 
+import itertools
 import math
+import operator
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -17,7 +19,7 @@ from stable_baselines3.common.type_aliases import (
 from torch import nn
 
 from sb3_qsm.common.buffers import replay_buffer_for
-from sb3_qsm.common.gradient_step import GradientStep, PolyakUpdate, average_weight
+from sb3_qsm.common.gradient_step import GradientStep, PolyakUpdate, average_weight, parameters_in
 from sb3_qsm.common.losses import CriticLoss, Metrics, Transitions, UpdateNoise
 from sb3_qsm.common.performance import check_compiler, check_precision
 from sb3_qsm.common.policies import DiffusionPolicy, QCritic, check_sampling_steps
@@ -339,14 +341,26 @@ class QSM(OfflineTraining):
         finally:
             # The user's arguments are stored as they were given
             self.n_steps, self.replay_buffer_class, self.replay_buffer_kwargs = given
+        # Running mean of |grad_a Q|; 0 until the first actor update
+        self.q_grad_norm = th.zeros((), device=self.device)
+        self.actor.precision = self.precision
+        self._make_updates()
+
+    def _trained(self) -> list[Any]:
+        """The networks and parameters that :meth:`_make_updates` looks up."""
+        networks = [self.actor, self.critic, self.critic_target, self.policy.actor_ema]
+        parameters = [parameters_in(network) for network in networks if network is not None]
+        groups = [*self.actor.optimizer.param_groups, *self.critic.optimizer.param_groups]
+        return list(itertools.chain(networks, *parameters, *(group["params"] for group in groups)))
+
+    def _make_updates(self) -> None:
+        """The steps of the optimizers and of the averages on the networks as they are."""
         if self.compile and any(True for _ in self.actor.features_extractor.parameters()):
             raise ValueError(
                 "compile=True needs a features extractor without parameters, like MlpPolicy's, got "
                 f"{type(self.actor.features_extractor).__name__}"
             )
-        self.actor.precision = self.precision
-        # Running mean of |grad_a Q|; 0 until the first actor update
-        self.q_grad_norm = th.zeros((), device=self.device)
+        self._updated = self._trained()
         self._critic_step = GradientStep(
             CriticLoss(self.actor, self.critic, self.critic_target),
             "critic_loss",
@@ -380,6 +394,7 @@ class QSM(OfflineTraining):
         :param gradient_steps: Number of gradient steps
         :param batch_size: Size of each minibatch
         """
+        self._follow_replaced_networks()
         self.policy.set_training_mode(True)
         self._update_learning_rates()
         metrics: list[Metrics] = []
@@ -398,6 +413,14 @@ class QSM(OfflineTraining):
                 self._target_update(self.tau)
 
         self._log(metrics)
+
+    def _follow_replaced_networks(self) -> None:
+        """Networks, layers and optimizers may be replaced between two calls of :meth:`train`, as with SB3's algorithms."""
+        trained = self._trained()
+        if len(trained) != len(self._updated) or not all(map(operator.is_, trained, self._updated)):
+            if self.actor is not self._updated[0]:
+                self.actor.precision = self.precision
+            self._make_updates()
 
     def _transitions(self, batch: ReplayBufferSamples) -> Transitions:
         """The batch with its discounts: for n-step replay gamma**n, less at an earlier termination."""
@@ -449,6 +472,7 @@ class QSM(OfflineTraining):
             None if clip is None else th.tensor(float(clip), device=self.device),
             None if behaviour is None else th.tensor(behaviour, device=self.device),
         )
+        self.actor.score_network.forget_time_table()
         self._check_finite("actor_loss", metrics)
         self.q_grad_norm.copy_(metrics.pop("q_grad_norm"))
         return metrics
@@ -484,6 +508,7 @@ class QSM(OfflineTraining):
     def _excluded_save_params(self) -> list[str]:
         return [
             *super()._excluded_save_params(),
+            "_updated",
             "_critic_step",
             "_actor_step",
             "_target_update",
