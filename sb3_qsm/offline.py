@@ -168,7 +168,8 @@ class OfflineTraining(DiffusionOffPolicyAlgorithm):
         parts = []
         for buffer, size in sizes:
             if size > 0:
-                if isinstance(buffer, NStepReplayBuffer):
+                given = buffer is self.replay_buffer and "gamma" in self.replay_buffer_kwargs
+                if isinstance(buffer, NStepReplayBuffer) and not given:
                     buffer.gamma = self.gamma
                 parts.append(buffer.sample(size, env=self._vec_normalize_env))  # type: ignore[union-attr]
         if len(parts) == 1 and not isinstance(self.replay_buffer, HerReplayBuffer):

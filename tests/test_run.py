@@ -936,6 +936,19 @@ def test_gamma_of_n_step_returns_follows_the_models():
     assert set(discounts.flatten().tolist()) <= {0.5, 0.25, 0.125}
 
 
+def test_gamma_given_to_an_own_replay_buffer_stays():
+    own = {"n_steps": 2, "gamma": 0.5}
+    model = make_model(replay_buffer_class=NStepReplayBuffer, replay_buffer_kwargs=own, learning_starts=10).learn(20)
+    assert model.gamma != 0.5
+    assert set(model.replay_buffer.sample(100).discounts.flatten().tolist()) <= {0.5, 0.25}
+
+
+def test_steps_may_be_whole_floats():
+    model = make_model(learning_starts=1e1, exploration_decay_steps=2e1).learn(15)
+    assert model._n_updates == 5
+    assert isinstance(model.learning_starts, float)  # stored as it was given
+
+
 @pytest.mark.parametrize("normalized", [False, True])
 def test_n_step_returns_of_dictionaries(normalized):
     """The same transitions, with terminations and time-outs, in SB3's flat buffer and split over two keys."""

@@ -246,6 +246,11 @@ def test_steps_as_a_float(content):
     model._total_timesteps = float("inf")
     with pytest.raises(ValueError, match="counters._total_timesteps=inf cannot be saved safely"):
         model.save_safe(file)
+    model = QSM.load_safe(io.BytesIO(content), learning_starts=1e1, exploration_decay_steps=2e1)
+    file = io.BytesIO()
+    model.save_safe(file)
+    loaded = load(file.getvalue())
+    assert (loaded.learning_starts, loaded.exploration_decay_steps) == (10, 20)
 
 
 def test_no_statistics(content):

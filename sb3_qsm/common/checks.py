@@ -21,6 +21,14 @@ def check_number(name: str, value: Any, low: float, strict: bool = False, high: 
         raise ValueError(f"{name} must be a number {'>' if strict else '>='} {low:g}{upper}, got {value!r}")
 
 
+def whole(value: Any) -> Any:
+    """
+    :param value: Number of steps, which users also write as ``1e4``
+    :return: The integer for a whole float, anything else as it is
+    """
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def check_integer(name: str, value: Any, low: int) -> None:
     """
     :param name: Name of an argument

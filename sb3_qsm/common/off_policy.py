@@ -35,7 +35,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_qsm.common.buffers import cut_off_episodes
 from sb3_qsm.common.checkpoint import resume
-from sb3_qsm.common.checks import check_integer, check_number
+from sb3_qsm.common.checks import check_integer, check_number, whole
 from sb3_qsm.common.files import BAD_ZIP, own_errors, replacing
 from sb3_qsm.common.losses import Metrics, UpdateNoise
 from sb3_qsm.common.policies import DiffusionActor, DiffusionPolicy, QCritic
@@ -122,7 +122,6 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         self._check_choice("sampler", SAMPLERS)
         for name in ("diffusion_steps", "batch_size", "buffer_size"):
             self._check_integer(name, 1)
-        self._check_integer("exploration_decay_steps", 0)
         for name in ("sampling_temperature", "target_policy_noise", "exploration_noise"):
             self._check_number(name, 0.0)
         for name in ("exploration_initial_eps", "tau", "gamma"):
@@ -130,7 +129,9 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
         for name in ("learning_rate", "actor_learning_rate"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 self._check_number(name, 0.0)
-        self._check_integer("learning_starts", 0)
+        for name in ("learning_starts", "exploration_decay_steps"):
+            # Stable-Baselines3 takes 1e4 too
+            check_integer(name, whole(getattr(self, name)), 0)
         self._check_integer("gradient_steps", -1)
         check_integer("train_freq", self.train_freq[0] if isinstance(self.train_freq, tuple) else self.train_freq, 1)
         space = self.action_space

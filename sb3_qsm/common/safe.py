@@ -51,7 +51,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
 from sb3_qsm.common.buffers import DictNStepReplayBuffer
-from sb3_qsm.common.checks import check_integer, check_number
+from sb3_qsm.common.checks import check_integer, check_number, whole
 from sb3_qsm.common.files import replacing
 
 FORMAT = 1
@@ -102,6 +102,8 @@ _LAYERS = ("net_arch", "pi", "qf", "time_arch")
 _MAX_BITS = 2**20
 _NO_CHECKSUM = "0" * 64
 _COUNTERS = ("num_timesteps", "_total_timesteps", "_num_timesteps_at_start", "_n_updates", "_episode_num")
+# Arguments that may be whole floats
+_STEPS = ("learning_starts", "exploration_decay_steps")
 _CONFIG = {
     "algorithm": str,
     "policy": str,
@@ -179,9 +181,13 @@ def save_safe(model: OffPolicyAlgorithm, path: SafePath) -> None:
         "observation_space": model.observation_space,
         "action_space": model.action_space,
         "n_envs": model.n_envs,
-        "arguments": {name: getattr(model, attributes.get(name, name)) for name in _argument_names(algorithm)},
+        "arguments": {
+            name: whole(value) if name in _STEPS else value
+            for name in _argument_names(algorithm)
+            for value in [getattr(model, attributes.get(name, name))]
+        },
         # SB3 takes 1e6 for a number of steps
-        "counters": {name: _whole(getattr(model, name)) for name in _COUNTERS},
+        "counters": {name: whole(getattr(model, name)) for name in _COUNTERS},
         "progress_remaining": model._current_progress_remaining,
         "episodes": [{key: info[key] for key in "rlt" if key in info} for info in model.ep_info_buffer or ()],
         "successes": [float(success) for success in model.ep_success_buffer or ()],
@@ -266,10 +272,6 @@ def load_safe(
                 stacklevel=3,
             )
     return model
-
-
-def _whole(number: Any) -> Any:
-    return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
 def _count(statistics: dict[str, Any]) -> float:
