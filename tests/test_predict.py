@@ -173,6 +173,26 @@ def test_acting_follows_every_change_of_the_parameters(change):
         previous = action
 
 
+@pytest.mark.parametrize("rows", [1, 130])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_hooks_of_layers_are_called_while_acting(rows, autocast):
+    """One that is called once a step and changes what it sees; autocast is what precision="bf16" acts under."""
+    model, calls = make_model(), []
+    layers = model.actor.score_network.trunk
+    with th.autocast("cpu", enabled=autocast, dtype=th.bfloat16):
+        before = model.predict(observations(rows), deterministic=True)[0]
+        handles = [layers[-1].register_forward_pre_hook(lambda layer, inputs: calls.append("pre"))]
+        assert np.allclose(model.predict(observations(rows), deterministic=True)[0], before, atol=0.02 if autocast else 1e-6)
+        assert len(calls) == model.diffusion_steps
+        handles.append(layers[-1].register_forward_hook(lambda layer, inputs, output: output + 1))
+        changed = model.predict(observations(rows), deterministic=True)[0]
+        assert len(calls) == 2 * model.diffusion_steps
+        assert not np.allclose(changed, before, atol=0.02)
+        for handle in handles:
+            handle.remove()
+        assert np.array_equal(model.predict(observations(rows), deterministic=True)[0], before)
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_stochastic_actions_differ_and_follow_the_seed(sampler):
     model = make_model(sampler=sampler, noise_schedule="vp", trained=False)
