@@ -293,6 +293,7 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
             **super()._diffusion_kwargs(),
             "n_modes": len(self._modes),
             "mode_embedding_dim": self.mode_embedding_dim,
+            "mode": self.mode,
             "categorical": categorical,
         }
 
@@ -320,7 +321,6 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         self.novelty_optimizer = self.policy._make_optimizer(
             self.novelty.predictor.parameters(), lambda _: self.novelty_learning_rate
         )
-        self.actor.mode = self.mode
 
     # --- What the user asks for
 

@@ -22,19 +22,28 @@ class ModeActor(DiffusionActor):
     :param features_dim: Number of features of the observation
     :param n_modes: Number of modes
     :param mode_embedding_dim: Size of the embeddings
+    :param mode: Mode to act in, None for any
     :param kwargs: Arguments of :class:`DiffusionActor`
     """
 
     mode_embeddings: th.Tensor
 
-    def __init__(self, *args: Any, features_dim: int, n_modes: int = 0, mode_embedding_dim: int = 5, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        features_dim: int,
+        n_modes: int = 0,
+        mode_embedding_dim: int = 5,
+        mode: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **(kwargs | {"features_dim": features_dim + mode_embedding_dim}))
         self.features_dim = features_dim
         self.mode_embedding_dim = mode_embedding_dim
         # The first row is the exploration's
         self.register_buffer("mode_embeddings", th.randn(n_modes + 1, mode_embedding_dim))
         #: Mode to act in, None for any
-        self.mode: int | None = None
+        self.mode = mode
         self._context: th.Tensor | None = None
 
     @property
@@ -77,7 +86,7 @@ class ModeActor(DiffusionActor):
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
-        data.update(n_modes=self.n_modes, mode_embedding_dim=self.mode_embedding_dim)
+        data.update(n_modes=self.n_modes, mode_embedding_dim=self.mode_embedding_dim, mode=self.mode)
         return data
 
 
@@ -171,6 +180,7 @@ class ModePolicy(DiffusionPolicy):
     :param args: Arguments of :class:`DiffusionPolicy`
     :param n_modes: Number of modes
     :param mode_embedding_dim: Size of the embeddings of the modes
+    :param mode: Mode to act in, None for any
     :param categorical: Atoms of categorical critics, ``dict(n_atoms=..., v_min=..., v_max=...)``; None for plain ones
     :param kwargs: Arguments of :class:`DiffusionPolicy`
     """
@@ -182,11 +192,13 @@ class ModePolicy(DiffusionPolicy):
         *args: Any,
         n_modes: int = 0,
         mode_embedding_dim: int = 5,
+        mode: int | None = None,
         categorical: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.n_initial_modes = n_modes
         self.mode_embedding_dim = mode_embedding_dim
+        self.initial_mode = mode
         self.categorical = categorical
         super().__init__(*args, **kwargs)
 
@@ -198,7 +210,8 @@ class ModePolicy(DiffusionPolicy):
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
-        data.update(n_modes=self.n_modes, mode_embedding_dim=self.mode_embedding_dim, categorical=self.categorical)
+        own = {"n_modes": self.n_modes, "mode": self.actor.mode}
+        data.update(**own, mode_embedding_dim=self.mode_embedding_dim, categorical=self.categorical)
         return data
 
     @property
@@ -212,7 +225,8 @@ class ModePolicy(DiffusionPolicy):
         :return: A new actor
         """
         kwargs = self._update_features_extractor(self.actor_kwargs, features_extractor)
-        return ModeActor(**kwargs, n_modes=self.n_initial_modes, mode_embedding_dim=self.mode_embedding_dim).to(self.device)
+        own: dict[str, Any] = {"n_modes": self.n_initial_modes, "mode": self.initial_mode}
+        return ModeActor(**kwargs, **own, mode_embedding_dim=self.mode_embedding_dim).to(self.device)
 
     def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> QCritic:
         """

@@ -172,6 +172,10 @@ def test_policy_and_actor_alone(tmp_path):
     for i, mode in enumerate((None, 0, 1)):
         policy.actor.mode = actor.mode = mode
         np.testing.assert_allclose(policy.predict(OBSERVATIONS, deterministic=True)[0], expected[i], atol=1e-6)
+        model.set_mode(mode)
+        model.policy.save(tmp_path / "policy")
+        model.actor.save(tmp_path / "actor")
+        assert ModePolicy.load(tmp_path / "policy").actor.mode == ModeActor.load(tmp_path / "actor").mode == mode
         np.testing.assert_allclose(actor.predict(OBSERVATIONS, deterministic=True)[0], expected[i], atol=1e-6)
 
 
