@@ -78,7 +78,7 @@ def test_goals_are_equal_and_each_is_reported(n_goals):
     for goal, target in enumerate(env.unwrapped.goals):
         observation, info = env.reset(seed=goal)
         np.testing.assert_array_equal(observation, [0.0, 0.0])
-        assert info == {"success": False, "goal": -1}
+        assert info == {"success": False, "is_success": False, "goal": -1}
         total, info = follow(env, [tuple(target)])
         assert info["success"]
         assert info["goal"] == goal
@@ -123,7 +123,7 @@ def test_corridor_has_two_equal_routes(reward_type):
         _, info = env.reset()
         assert info["route"] == -1
         total, info = follow(env, way)
-        assert info == {"success": True, "goal": 0, "route": route}
+        assert info == {"success": True, "is_success": True, "goal": 0, "route": route}
         returns.append(total)
     assert returns[0] == pytest.approx(returns[1], abs=1e-6)
     # Straight on is the obstacle, along which the point slides

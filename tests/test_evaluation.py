@@ -117,7 +117,9 @@ def test_mode_key():
     assert count_modes(Above(), env, 2).counts == {0: 2}  # the route
     assert count_modes(Above(), env, 1, mode_key="goal").counts == {0: 1}
     assert count_modes(Above(), env, 1, mode_key=lambda info: ("route", info["route"])).counts == {("route", 0): 1}
-    with pytest.raises(ValueError, match="count_modes needs 'way' in the info .*there: 'success', 'goal', 'route'"):
+    with pytest.raises(
+        ValueError, match="count_modes needs 'way' in the info .*there: 'success', 'is_success', 'goal', 'route'"
+    ):
         count_modes(Above(), env, 1, mode_key="way")
 
 

@@ -17,8 +17,10 @@ def check_number(name: str, value: Any, low: float, strict: bool = False, high: 
     """
     ok = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
     if not ok or value < low or (strict and value == low) or value > high:
+        lower = "" if low == -math.inf else f" {'>' if strict else '>='} {low:g}"
         upper = "" if high == math.inf else f" and <= {high:g}"
-        raise ValueError(f"{name} must be a number {'>' if strict else '>='} {low:g}{upper}, got {value!r}")
+        kind = "a finite number" if isinstance(value, (float, np.floating)) and not math.isfinite(value) else "a number"
+        raise ValueError(f"{name} must be {kind}{lower}{upper}, got {value!r}")
 
 
 def whole(value: Any) -> Any:

@@ -142,6 +142,10 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
                 f"action_space: each component's low must be below its high, got low={space.low} and high={space.high}"
             )
         twice = sorted(set(self._diffusion_kwargs()) & set(self.policy_kwargs))
+        arguments = inspect.signature(type(self)).parameters
+        own = [name for name in twice if name not in arguments]
+        if own:
+            raise ValueError(f"policy_kwargs must not have {', '.join(own)}: {type(self).__name__} decides on that itself")
         if twice:
             raise ValueError(f"Pass {', '.join(twice)} to {type(self).__name__} itself, not in policy_kwargs")
 

@@ -103,7 +103,7 @@ _MAX_BITS = 2**20
 _NO_CHECKSUM = "0" * 64
 _COUNTERS = ("num_timesteps", "_total_timesteps", "_num_timesteps_at_start", "_n_updates", "_episode_num")
 # Arguments that may be whole floats
-_STEPS = ("learning_starts", "exploration_decay_steps")
+_STEPS = ("learning_starts", "exploration_decay_steps", "clustering_freq")
 _CONFIG = {
     "algorithm": str,
     "policy": str,
@@ -181,11 +181,7 @@ def save_safe(model: OffPolicyAlgorithm, path: SafePath) -> None:
         "observation_space": model.observation_space,
         "action_space": model.action_space,
         "n_envs": model.n_envs,
-        "arguments": {
-            name: whole(value) if name in _STEPS else value
-            for name in _argument_names(algorithm)
-            for value in [getattr(model, attributes.get(name, name))]
-        },
+        "arguments": {name: _plain(name, getattr(model, attributes.get(name, name))) for name in _argument_names(algorithm)},
         # SB3 takes 1e6 for a number of steps
         "counters": {name: whole(getattr(model, name)) for name in _COUNTERS},
         "progress_remaining": model._current_progress_remaining,
@@ -546,6 +542,15 @@ def _constructor_hints(cls: type) -> dict[str, Any]:
 
 def _argument_names(algorithm: type[OffPolicyAlgorithm]) -> list[str]:
     return [name for name in inspect.signature(algorithm).parameters if name not in _LEFT_OUT]
+
+
+def _plain(name: str, value: Any) -> Any:
+    """An argument in the form that a file has for it, where the constructor takes others too."""
+    if name in _STEPS:
+        return whole(value)
+    if name == "position" and isinstance(value, (range, np.ndarray)):
+        return [int(index) for index in value]
+    return value
 
 
 def _encode(value: Any, name: str, tensors: Tensors) -> Any:

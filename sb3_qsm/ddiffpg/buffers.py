@@ -180,6 +180,8 @@ class TrajectoryReplayBuffer(ReplayBuffer):
         #: Positions of the trajectories that stood for the modes when the modes were assigned
         self.representatives: list[npt.NDArray[np.float64]] = []
         self.row_modes = np.full(self.buffer_size, FREE)
+        # Rows of the modes, looked for when they are sampled: a buffer may have a million
+        self._mode_rows: dict[int, Rows] = {}
         self.target_actions = np.zeros((self.buffer_size, 2, self.action_dim), dtype=np.float32)
         # Drawn from a copy: the environment's own space draws what it would have drawn
         example = copy.deepcopy(observation_space).sample()
@@ -189,6 +191,12 @@ class TrajectoryReplayBuffer(ReplayBuffer):
         self.next_positions = np.zeros_like(self.positions)
         self._free: list[int] = []
         self._open: list[list[int]] = [[] for _ in range(n_envs)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_mode_rows"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _mode_rows={})
 
     def size(self) -> int:
         """Number of transitions."""
@@ -270,6 +278,8 @@ class TrajectoryReplayBuffer(ReplayBuffer):
         del self.trajectories[trajectory.id]
         self.row_modes[trajectory.rows] = FREE
         self._free.extend(trajectory.rows.tolist())
+        if trajectory.mode != UNASSIGNED:
+            self._mode_rows.pop(trajectory.mode, None)
 
     def _finish(self, env: int, success: bool) -> None:
         rows = np.array(self._open[env], dtype=np.int64)
@@ -288,6 +298,7 @@ class TrajectoryReplayBuffer(ReplayBuffer):
         super().reset()
         self.trajectories.clear()
         self.representatives = []
+        self._mode_rows = {}
         self.row_modes[:] = FREE
         self._free, self._open = [], [[] for _ in self._open]
 
@@ -329,6 +340,7 @@ class TrajectoryReplayBuffer(ReplayBuffer):
                 self.target_actions[rows, MODE] = self.actions[rows, 0]
             trajectory.mode = mode
             self.row_modes[rows] = mode
+        self._mode_rows = {}
 
     def sample(  # type: ignore[override]
         self, batch_size: int, env: VecNormalize | None = None
@@ -353,12 +365,12 @@ class TrajectoryReplayBuffer(ReplayBuffer):
         :param env: Environment that normalises observations and rewards
         :return: The batch
         """
-        row_modes = self.row_modes if self.full else self.row_modes[: self.pos]
-        pools = [np.flatnonzero(row_modes != FREE), *(np.flatnonzero(row_modes == mode) for mode in range(n_modes))]
+        pools = [self._rows_of(mode) for mode in range(n_modes)]
         sizes = [batch_size // (n_modes + 1) if len(pool) else 0 for pool in pools]
-        sizes[0] = batch_size - sum(sizes[1:])
-        groups = [pool[np.random.randint(len(pool), size=size)] for pool, size in zip(pools, sizes, strict=True) if size]
-        rows = np.concatenate(groups)
+        sizes.insert(0, batch_size - sum(sizes))
+        everything = self._draw_rows(sizes[0])
+        groups = [pool[np.random.randint(len(pool), size=size)] for pool, size in zip(pools, sizes[1:], strict=True) if size]
+        rows = np.concatenate([everything, *groups])
         columns = np.where(np.arange(batch_size) < sizes[0], EXPLORATION, MODE)
         return ModeBatch(
             rows,
@@ -368,6 +380,20 @@ class TrajectoryReplayBuffer(ReplayBuffer):
             self.to_torch(self.next_positions[rows]),
             self.to_torch(self.target_actions[rows, columns]),
         )
+
+    def _draw_rows(self, size: int) -> Rows:
+        """Draw from all rows that hold a transition, without a look at each of them."""
+        drawn = np.random.randint(self.size(), size=size)
+        # The number of free rows before the one that is the n-th among the others
+        before = np.sort(self._free) - np.arange(len(self._free))
+        rows: Rows = drawn + np.searchsorted(before, drawn, side="right")
+        return rows
+
+    def _rows_of(self, mode: int) -> Rows:
+        if mode not in self._mode_rows:
+            row_modes = self.row_modes if self.full else self.row_modes[: self.pos]
+            self._mode_rows[mode] = np.flatnonzero(row_modes == mode)
+        return self._mode_rows[mode]
 
     def set_target_actions(self, batch: ModeBatch, target_actions: npt.NDArray[np.float32]) -> None:
         """

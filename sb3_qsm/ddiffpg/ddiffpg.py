@@ -27,10 +27,11 @@ from stable_baselines3.common.type_aliases import (
 from stable_baselines3.common.utils import update_learning_rate
 from torch import nn
 
-from sb3_qsm.common.checks import check_integer
+from sb3_qsm.common.checks import check_integer, whole
 from sb3_qsm.common.gradient_step import PolyakUpdate
 from sb3_qsm.common.losses import CriticLoss, Metrics, Transitions, UpdateNoise, critic_loss, noise_prediction_loss
 from sb3_qsm.common.off_policy import DiffusionOffPolicyAlgorithm
+from sb3_qsm.common.safe import CLASSES
 from sb3_qsm.common.signals import uninterrupted
 from sb3_qsm.ddiffpg.buffers import (
     UNASSIGNED,
@@ -55,6 +56,8 @@ from sb3_qsm.ddiffpg.policies import (
 from sb3_qsm.evaluation import success_of
 
 SelfDDiffPG = TypeVar("SelfDDiffPG", bound="DDiffPG")
+
+CLASSES.update({kind.__name__: kind for kind in (TrajectoryReplayBuffer, DictTrajectoryReplayBuffer)})
 
 #: Number of positions from which the scales of the novelty are taken
 MIN_POSITIONS = 100
@@ -106,8 +109,8 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
     :param intrinsic_reward_scale: Factor on the intrinsic reward
     :param novelty_learning_rate: Learning rate of the novelty's predictor
     :param n_atoms: Number of atoms of categorical critics (C51); 0 for plain ones
-    :param v_min: Smallest return of categorical critics
-    :param v_max: Largest return of categorical critics
+    :param v_min: Smallest return of categorical critics, at most 0
+    :param v_max: Largest return of categorical critics; after time-outs it must also hold the value that goes on from there
     :param actor_learning_rate: Learning rate of the actor, a number or a schedule; by default ``learning_rate``
     :param diffusion_steps: Number of diffusion steps T
     :param noise_schedule: ``"cosine"``, ``"vp"`` or ``"linear"``
@@ -240,8 +243,7 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         self.n_atoms = n_atoms
         self.v_min = v_min
         self.v_max = v_max
-        #: Mode that the user has chosen, None for none
-        self.mode: int | None = None
+        self._mode: int | None = None
         self._modes: list[Mode] = []
         # Successes of the last episodes collected with each mode
         self._outcomes: list[deque[bool]] = []
@@ -253,7 +255,9 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
 
     def _check_hyperparameters(self) -> None:
         super()._check_hyperparameters()
-        for name in ("clustering_freq", "min_mode_size", "target_action_steps", "mode_embedding_dim"):
+        # Stable-Baselines3 takes 1e4 for a number of steps
+        check_integer("clustering_freq", whole(self.clustering_freq), 1)
+        for name in ("min_mode_size", "target_action_steps", "mode_embedding_dim"):
             self._check_integer(name, 1)
         if self.cluster_threshold is not None:
             self._check_number("cluster_threshold", 0.0, strict=True)
@@ -266,12 +270,14 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         if self.n_atoms == 1:
             raise ValueError("n_atoms must be 0 for plain critics, or an integer >= 2, got 1")
         self._check_number("v_min", -np.inf)
-        # The exploration's returns, sums of what is new, are positive
+        # The exploration's returns, sums of what is new, are 0 at first and then positive
         self._check_number("v_max", max(self.v_min, 0.0) if self.n_atoms else self.v_min, strict=True)
-        if self.replay_buffer_class is not None and not issubclass(self.replay_buffer_class, TrajectoryReplayBuffer):
-            raise ValueError(
-                f"replay_buffer_class must be a subclass of TrajectoryReplayBuffer, got {self.replay_buffer_class.__name__}"
-            )
+        if self.n_atoms and self.v_min > 0.0:
+            raise ValueError(f"v_min must be a number <= 0, where the exploration's returns begin, got {self.v_min!r}")
+        given: Any = self.replay_buffer_class
+        if given is not None and not (isinstance(given, type) and issubclass(given, TrajectoryReplayBuffer)):
+            got = getattr(given, "__name__", repr(given))
+            raise ValueError(f"replay_buffer_class must be a subclass of TrajectoryReplayBuffer, got {got}")
         if self.replay_buffer_class is not None and isinstance(self.observation_space, spaces.Dict) != issubclass(
             self.replay_buffer_class, DictTrajectoryReplayBuffer
         ):
@@ -293,7 +299,7 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
             **super()._diffusion_kwargs(),
             "n_modes": len(self._modes),
             "mode_embedding_dim": self.mode_embedding_dim,
-            "mode": self.mode,
+            "mode": self._mode,
             "categorical": categorical,
         }
 
@@ -332,23 +338,37 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
             for mode, outcomes in zip(self._modes, self._outcomes, strict=True)
         ]
 
+    @property
+    def mode(self) -> int | None:
+        """Mode to act in, None for any; see :meth:`set_mode`."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: int | None) -> None:
+        self.set_mode(mode)
+
     def set_mode(self, mode: int | None) -> None:
         """
-        Choose the mode to act in. It goes on as the same one when the modes change their numbers in training.
+        Choose the mode to act in. It goes on as the same one when the modes change their numbers in training, and as the one
+        that has most of its trajectories when it is merged with others.
 
         :param mode: Index into :attr:`modes`; None for any
         :raises ValueError: if there is no such mode
         """
-        self.mode = self.actor.mode = self._check_mode(mode)
+        self._mode = self.actor.mode = self._check_mode(mode)
 
     def _check_mode(self, mode: int | None) -> int | None:
         if mode is None:
             return None
         if isinstance(mode, bool) or not isinstance(mode, (int, np.integer)) or not 0 <= mode < len(self._modes):
             if not self._modes:
-                raise ValueError(
-                    f"mode must be None, got {mode!r}: no mode is known yet, since no episode has succeeded so far"
+                waiting = self.replay_buffer is not None and self.replay_buffer.successes()
+                reason = (
+                    f"successes are clustered every clustering_freq={self.clustering_freq} steps, or by update_modes()"
+                    if waiting
+                    else "no episode has succeeded so far"
                 )
+                raise ValueError(f"mode must be None, got {mode!r}: no mode is known yet, since {reason}")
             raise ValueError(f"mode must be None or an integer from 0 to {len(self._modes) - 1}, got {mode!r}")
         return int(mode)
 
@@ -386,6 +406,9 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        if self._recognise_modes():
+            # The environments are in the midst of episodes that the buffer does not know
+            self._last_obs = None
         new_episodes = reset_num_timesteps or self._last_obs is None or self._step_is_open
         if self._modes and not self.replay_buffer.successes():
             warnings.warn(
@@ -604,10 +627,11 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         """
         self._clustered_at = self.num_timesteps
         buffer = self.replay_buffer
+        self._recognise_modes()
         successes = buffer.successes()
         if not successes:
             return
-        self._distances.keep(set(buffer.trajectories))
+        self._distances.keep(buffer.trajectories)
         distances = self._distances.condensed(successes)
         labels = cluster(distances, self.cluster_threshold, self.min_silhouette, self.min_mode_size)
         square = squareform(distances)
@@ -639,7 +663,16 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
             Mode(len(rows), float("nan"), float(np.mean([successes[i].total_reward for i in rows])), representative.positions)
             for rows, representative in zip(members, representatives, strict=True)
         ]
-        heirs = {parent: mode for mode, (parent, continues) in enumerate(parents) if parent is not None and continues}
+        heirs: dict[int, int | None] = {
+            parent: mode for mode, (parent, continues) in enumerate(parents) if parent is not None and continues
+        }
+        chosen = self._mode
+        if chosen is not None and chosen not in heirs:
+            # Merged with another one, whose heir the new one is
+            shared = [len(new[i] & old[chosen]) for i in order]
+            heirs[chosen] = shared.index(max(shared)) if any(shared) else None
+            if heirs[chosen] is None:
+                warnings.warn(f"The mode that was chosen, {chosen}, is gone: any may act now", stacklevel=2)
         # A model with some of this could not be saved
         with uninterrupted():
             self.policy.inherit(parents)
@@ -648,8 +681,9 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
             buffer.representatives = [mode.trajectory for mode in known]
             self._modes, self._outcomes = known, outcomes
             # Numbers of modes have changed: the user's choice, and what the environments follow
-            self.set_mode(heirs.get(self.mode) if self.mode is not None else None)
-            self._env_groups = [heirs[group - 1] + 1 if group - 1 in heirs else 0 for group in self._env_groups]
+            self.set_mode(None if chosen is None else heirs[chosen])
+            follows = [heirs.get(group - 1) for group in self._env_groups]
+            self._env_groups = [0 if mode is None else mode + 1 for mode in follows]
 
     # --- Logging, saving and loading
 
@@ -697,21 +731,27 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         super().load_replay_buffer(path, truncate_last_traj)
         # The environments are in the midst of episodes that the buffer does not know
         self._last_obs = None
-        # Its trajectories may have the numbers of others
-        self._distances.known.clear()
+        self._recognise_modes()
+
+    def _recognise_modes(self) -> bool:
+        """
+        Give the trajectories of a replay buffer that is not the model's the modes that are known.
+
+        :return: Whether it was one
+        """
         known = [mode.trajectory for mode in self._modes]
         theirs = getattr(self.replay_buffer, "representatives", [])  # one that was saved before it had them
-        if known and not (len(known) == len(theirs) and all(map(np.array_equal, known, theirs))):
-            warnings.warn(
-                "The modes of the replay buffer are not those of the model: it is of another moment or another training. Its "
-                "trajectories were given the modes of the model that they are near.",
-                stacklevel=2,
-            )
-            self._recognise_modes()
-
-    def _recognise_modes(self) -> None:
-        """Give the trajectories of the replay buffer the modes that are known."""
-        known = [mode.trajectory for mode in self._modes]
+        if not known or (len(known) == len(theirs) and all(map(np.array_equal, known, theirs))):
+            return False
+        if not self.replay_buffer.trajectories:
+            # One that was just made
+            self.replay_buffer.representatives = known
+            return False
+        warnings.warn(
+            "The modes of the replay buffer are not those of the model: it is of another moment or another training. Its "
+            "trajectories were given the modes of the model that they are near.",
+            stacklevel=3,
+        )
         # A success half way to another mode, or farther, may be of a mode that is not known
         between = [dtw_distance(one, other) for i, one in enumerate(known) for other in known[:i]]
         limit = min(between, default=math.inf) / 2
@@ -724,6 +764,7 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
             trajectory.mode = UNASSIGNED
         self.replay_buffer.assign(modes, range(len(known)))
         self.replay_buffer.representatives = known
+        return True
 
     def _check_replay_buffer(self, own: ReplayBuffer | None) -> None:
         assert self.replay_buffer is not None
@@ -745,7 +786,7 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
             "mean_returns": [mode.mean_return for mode in self._modes],
             "trajectories": [mode.trajectory for mode in self._modes],
             "outcomes": [list(outcomes) for outcomes in self._outcomes],
-            "mode": self.mode,
+            "mode": self._mode,
             "clustered_at": self._clustered_at,
         }
 
@@ -773,7 +814,7 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
             for size, mean_return, trajectory in zip(sizes, mean_returns, trajectories, strict=True)
         ]
         self._outcomes = [deque(found, maxlen=100) for _, found in zip(sizes, outcomes, strict=True)]
-        self.mode = self._check_mode(mode)
+        self._mode = self._check_mode(mode)
         self._clustered_at = clustered_at
 
 

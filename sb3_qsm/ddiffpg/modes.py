@@ -2,7 +2,7 @@
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -59,6 +59,7 @@ class TrajectoryDistances:
         except ImportError as error:
             raise ImportError(f'DDiffPG needs pip install "sb3-qsm[ddiffpg]": {error}') from error
         self.known: dict[tuple[int, int], float] = {}
+        self._trajectories: dict[int, Trajectory] = {}
 
     def __call__(self, first: Trajectory, second: Trajectory) -> float:
         """
@@ -81,13 +82,15 @@ class TrajectoryDistances:
         n = len(trajectories)
         return np.array([self(trajectories[i], trajectories[j]) for i in range(n) for j in range(i + 1, n)])
 
-    def keep(self, ids: set[int]) -> None:
+    def keep(self, trajectories: Mapping[int, Trajectory]) -> None:
         """
-        Forget the trajectories that are gone.
+        Forget the trajectories that are gone. In another replay buffer others may have their numbers.
 
-        :param ids: Those that are still there
+        :param trajectories: Those that there are, by their ids
         """
-        self.known = {key: value for key, value in self.known.items() if key[0] in ids and key[1] in ids}
+        same = {number for number, trajectory in trajectories.items() if self._trajectories.get(number) is trajectory}
+        self.known = {key: value for key, value in self.known.items() if key[0] in same and key[1] in same}
+        self._trajectories = dict(trajectories)
 
 
 def dtw_distance(first: FloatArray, second: FloatArray) -> float:

@@ -21,7 +21,7 @@ class PlaneEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32]]):
     Base of the environments: an agent in the plane that succeeds when it reaches any one of several equal goals, where the
     episode ends. After every step ``info`` has
 
-    - ``"success"``: whether a goal is reached
+    - ``"success"``, and ``"is_success"`` for SB3's evaluations: whether a goal is reached
     - ``"goal"``: index of the goal that is reached, -1 if none is
     - ``"route"``, where there are routes: index of the gate that was crossed last, -1 before the first
 
@@ -78,7 +78,7 @@ class PlaneEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32]]):
         self._path.append(position)
         distances = np.linalg.norm(self.goals - position, axis=1)
         goal = int(distances.argmin()) if distances.min() <= self.goal_radius else -1
-        info: dict[str, Any] = {"success": goal >= 0, "goal": goal}
+        info: dict[str, Any] = {"success": goal >= 0, "is_success": goal >= 0, "goal": goal}
         if self.gates:
             crossed = [route for route, gate in enumerate(self.gates) if inside(position, gate)]
             self._route = crossed[-1] if crossed else self._route

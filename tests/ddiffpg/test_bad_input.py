@@ -34,7 +34,7 @@ BAD_ARGUMENTS = [
     ({"n_atoms": 1}, "n_atoms must be 0 for plain critics, or an integer >= 2, got 1"),
     ({"n_atoms": 51, "v_min": -20.0, "v_max": 0.0}, "v_max must be a number > 0, got 0.0"),
     ({"n_atoms": 51, "v_min": 2.0}, "v_max must be a number > 2, got 1.0"),
-    ({"v_min": None}, "v_min must be a number >= -inf, got None"),
+    ({"v_min": None}, "v_min must be a number, got None"),
     ({"sampler": "euler"}, "Unknown sampler 'euler'; known ones: ddim, ddpm, ddpm_x0"),
     ({"position": 0}, "position must hold indices from 0 to 1 of the observation, got 0"),
     ({"position": [0.0, 1.0]}, "position must hold indices from 0 to 1 of the observation, got [0.0, 1.0]"),
@@ -56,8 +56,16 @@ BAD_ARGUMENTS = [
         {"replay_buffer_class": HerReplayBuffer},
         "replay_buffer_class must be a subclass of TrajectoryReplayBuffer, got HerReplayBuffer",
     ),
+    ({"replay_buffer_class": "her"}, "replay_buffer_class must be a subclass of TrajectoryReplayBuffer, got 'her'"),
+    (
+        {"n_atoms": 11, "v_min": 0.5, "v_max": 2.0},
+        "v_min must be a number <= 0, where the exploration's returns begin, got 0.5",
+    ),
+    ({"v_min": -np.inf}, "v_min must be a finite number, got -inf"),
+    ({"v_max": np.inf}, "v_max must be a finite number > 0, got inf"),
+    ({"clustering_freq": 0.5}, "clustering_freq must be an integer >= 1, got 0.5"),
     ({"policy_kwargs": {"best_of_n": 2}}, "best_of_n must be 1, got 2: each mode has critics of its own"),
-    ({"policy_kwargs": {"n_modes": 2}}, "Pass n_modes to DDiffPG itself, not in policy_kwargs"),
+    ({"policy_kwargs": {"n_modes": 2}}, "policy_kwargs must not have n_modes: DDiffPG decides on that itself"),
 ]
 
 
@@ -93,6 +101,16 @@ def test_mode_out_of_range():
                 call(wrong)
         call(np.int64(1))
     assert model.mode == 1
+
+
+def test_mode_before_the_first_clustering():
+    model = make_model(clustering_freq=1e3).learn(200)
+    assert model.replay_buffer.successes()
+    message = r"^mode must be None, got 0: no mode is known yet, since successes are clustered every clustering_freq=1000"
+    with pytest.raises(ValueError, match=message):
+        model.set_mode(0)
+    model.update_modes()
+    model.set_mode(0)
 
 
 def test_no_success_yet():

@@ -1,5 +1,6 @@
 """The replay buffer of trajectories."""
 
+import itertools
 import pickle
 import re
 import signal
@@ -180,6 +181,23 @@ def test_the_first_group_is_everything():
     assert set(batch.rows[:1000]) == set(np.flatnonzero(buffer.row_modes != FREE))
     assert len(set(batch.rows[:1000])) == 61
     assert buffer.sample(10).actions.shape == (10, 2)
+
+
+def test_batches_after_every_change():
+    """Rows are looked for only when they have changed, and free ones are never drawn."""
+    buffer = make_buffer(60)
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        add_episode(buffer, int(rng.integers(1, 9)), bool(rng.random() < 0.7), float(i))
+        if i % 3 == 0:
+            buffer.assign({id: id % 2 for id in buffer.trajectories}, [None, None])
+        batch = buffer.sample_groups(9000, 2)
+        ends = np.cumsum([0, *batch.sizes])
+        everything, *modes = (set(batch.rows[start:end]) for start, end in itertools.pairwise(ends))
+        assert everything == set(np.flatnonzero(buffer.row_modes != FREE))
+        for mode, rows in enumerate(modes):
+            assert rows == set(np.flatnonzero(buffer.row_modes == mode))
+    assert buffer.full
 
 
 def test_a_mode_without_trajectories_has_no_part():

@@ -1,5 +1,6 @@
 """Distances between trajectories, clusters of them, and what becomes of the modes."""
 
+import dataclasses
 import itertools
 import sys
 from collections.abc import Sequence
@@ -179,6 +180,7 @@ def test_every_distance_is_computed_once(monkeypatch):
     monkeypatch.setattr(dtw_ndim, "distance_fast", lambda *args: calls.append(0) or real(*args))
     found = ways(2, 10, 0.02, np.random.default_rng(0))
     distances = TrajectoryDistances()
+    distances.keep({one.id: one for one in found})
     first = distances.condensed(found[:8])
     assert len(calls) == 28
     np.testing.assert_array_equal(distances.condensed(found[:8]), first)
@@ -186,10 +188,13 @@ def test_every_distance_is_computed_once(monkeypatch):
     assert len(calls) == 28
     distances.condensed(found)
     assert len(calls) == 45
-    distances.keep({0, 1, 2})
+    distances.keep({one.id: one for one in found[:3]})
     assert len(distances.known) == 3
     distances.condensed(found[:3])
     assert len(calls) == 45
+    # Another one of the same number
+    distances.keep({0: found[0], 1: found[1], 2: dataclasses.replace(found[5], id=2)})
+    assert set(distances.known) == {(0, 1)}
 
 
 def test_missing_package_names_the_extra(monkeypatch):

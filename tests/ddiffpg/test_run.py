@@ -131,7 +131,9 @@ def test_time_outs_bootstrap_from_the_true_final_observation():
                 parameter.zero_()
     seen = []
     model.critic_target.q_values = lambda features, actions: seen.append(features) or features[:, 0].expand(2, -1)
+    # That alone is left to be drawn
     buffer.row_modes[trajectory.rows[:-1]] = -2
+    buffer._free.extend(trajectory.rows[:-1])
     model.set_logger(Logger(None, []))
     model.train(1, batch_size=4)
     x = buffer.next_observations[last, 0, 0]
@@ -459,9 +461,56 @@ def test_the_chosen_mode_stays_the_same_when_numbers_change(monkeypatch):
     # And then itself: any mode
     for trajectory in [t for t in model.replay_buffer.trajectories.values() if t.mode == 0]:
         trajectory.mode = -1
-    model.update_modes()
+    with pytest.warns(UserWarning, match="The mode that was chosen, 0, is gone"):
+        model.update_modes()
     assert model.mode is None
     assert model._env_groups == [0]
+
+
+def test_the_chosen_mode_is_followed_when_modes_merge():
+    for mode in (0, 1):
+        model = make_trained()
+        model.mode = mode
+        chosen = {trajectory.id for trajectory in model.replay_buffer.successes() if trajectory.mode == mode}
+        model.cluster_threshold = 50.0
+        model.update_modes()
+        assert len(model.modes) == 1
+        assert chosen <= {trajectory.id for trajectory in model.replay_buffer.successes() if trajectory.mode == 0}
+        assert model.mode == model.actor.mode == 0
+
+
+def test_assigning_the_mode_chooses_it():
+    model = make_trained()
+    model.mode = 1
+    assert model.mode == model.actor.mode == 1
+    observations = np.random.default_rng(0).uniform(-1.0, 1.0, (5, 2)).astype(np.float32)
+    actions, expected = (model.predict(observations, deterministic=True, **kwargs)[0] for kwargs in ({}, {"mode": 1}))
+    np.testing.assert_array_equal(actions, expected)
+    with pytest.raises(ValueError, match="^mode must be None or an integer from 0 to 1, got 2$"):
+        model.mode = 2
+    assert model.mode == 1
+
+
+def test_a_replay_buffer_of_another_model_in_place_of_the_own():
+    """Its trajectories have the numbers of others, and its modes may have other numbers."""
+    model, other = make_trained(), make_trained(seed=3)
+    goals = [float(np.sign(mode.trajectory[-1, 0])) for mode in model.modes]
+    assert sorted(goals) == [-1.0, 1.0]
+    buffer = other.replay_buffer
+    if [float(np.sign(mode.trajectory[-1, 0])) for mode in other.modes] == goals:
+        buffer.assign({id: 1 - one.mode for id, one in buffer.trajectories.items() if one.mode >= 0}, [1, 0])
+        buffer.representatives.reverse()
+    model.replay_buffer = buffer
+    with pytest.warns(UserWarning, match="The modes of the replay buffer are not those of the model"):
+        model.learn(8, reset_num_timesteps=False)
+    model.update_modes()
+    for mode, goal in zip(model.modes, goals, strict=True):
+        assert np.sign(mode.trajectory[-1, 0]) == goal
+    for trajectory in buffer.successes():
+        if trajectory.mode >= 0:
+            assert np.sign(trajectory.positions[-1, 0]) == goals[trajectory.mode]
+    # The episode that the environments were in began in another buffer
+    assert all(np.abs(buffer.observations[one.rows[0], 0]).max() == 0.0 for one in buffer.trajectories.values())
 
 
 def test_new_modes_inherit_critics():
@@ -635,17 +684,15 @@ def test_deterministic_by_the_seed():
 
 @pytest.mark.parametrize("key", ["success", "is_success"])
 def test_logged_names(tmp_path, key):
-    env = make_point()
-    if key == "is_success":
-        env = gym.wrappers.TransformReward(env, lambda reward: reward)
-        step = env.step
+    env = gym.wrappers.TransformReward(make_point(), lambda reward: reward)
+    step = env.step
 
-        def renamed(action):
-            *result, info = step(action)
-            info["is_success"] = info.pop("success")
-            return (*result, info)
+    def with_one_key(action):
+        *result, info = step(action)
+        del info["success" if key == "is_success" else "is_success"]
+        return (*result, info)
 
-        env.step = renamed
+    env.step = with_one_key
     model = make_model(DummyVecEnv([lambda: env]), actor_learning_rate=1e-4)
     model.set_logger(configure(str(tmp_path), ["csv"]))
     model.learn(250, log_interval=4)

@@ -14,7 +14,7 @@ from stable_baselines3.common.logger import Logger
 
 from sb3_qsm import QSM, DDiffPG
 from sb3_qsm.common.checkpoint import RunCheckpointCallback
-from sb3_qsm.ddiffpg.buffers import UNASSIGNED
+from sb3_qsm.ddiffpg.buffers import UNASSIGNED, TrajectoryReplayBuffer
 from sb3_qsm.ddiffpg.policies import ModeActor, ModePolicy
 from sb3_qsm.export import to_onnx, to_torch_export
 from tests.ddiffpg.models import SMALL, make_env, make_model, make_trained
@@ -205,6 +205,13 @@ def test_safe_file(tmp_path):
     assert_same_updates(model, loaded)
     loaded.learn(50, reset_num_timesteps=False)
 
+    # Other forms of the same
+    model = make_model(position=np.array([0, 1]), replay_buffer_class=TrajectoryReplayBuffer, clustering_freq=1e3)
+    other = io.BytesIO()
+    model.save_safe(other)
+    other.seek(0)
+    loaded = DDiffPG.load_safe(other, env=make_env(), device="cpu")
+    assert (loaded.position, loaded.replay_buffer_class, loaded.clustering_freq) == ([0, 1], TrajectoryReplayBuffer, 1000)
     with pytest.raises(ValueError, match="position="):
         make_model(position=lambda observations: observations).save_safe(io.BytesIO())
     file.seek(0)
