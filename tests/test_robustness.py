@@ -18,7 +18,14 @@ import pytest
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_qsm import QSM
-from sb3_qsm.common.checkpoint import CHECKPOINT_NAME, CheckpointError, RunCheckpointCallback, read_info, resume
+from sb3_qsm.common.checkpoint import (
+    CHECKPOINT_NAME,
+    CheckpointError,
+    RunCheckpointCallback,
+    read_info,
+    resume,
+    save_checkpoint,
+)
 from sb3_qsm.common.files import replacing
 from sb3_qsm.export import to_torch_export
 
@@ -263,6 +270,24 @@ def test_saving_is_interrupted_by_what_happened():
             with pytest.raises(type(error)) as found:
                 model.save(FailingFile(error, count))
             assert found.value is error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_an_archive_is_interrupted_by_what_happened(tmp_path, monkeypatch, error):
+    """And not by what :mod:`zipfile` makes of it when it had just begun a member."""
+    model = make_model().learn(12, callback=RunCheckpointCallback(5, tmp_path))
+    model.save(tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(zipfile, "_get_compressor", fail)
+    for call in (lambda: model.save(tmp_path / "model"), lambda: save_checkpoint(model, tmp_path)):
+        with pytest.raises(type(error)) as found:
+            call()
+        assert found.value is error or found.value.__cause__ is error
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 class SaveOften(BaseCallback):

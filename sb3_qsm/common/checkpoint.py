@@ -31,7 +31,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_qsm.common.buffers import cut_off_episodes
-from sb3_qsm.common.files import BAD_ZIP, replacing
+from sb3_qsm.common.files import BAD_ZIP, own_errors, replacing
 
 CHECKPOINT_NAME = "checkpoint.zip"
 FORMAT = 1
@@ -140,7 +140,8 @@ def save_checkpoint(
     model.save(model_bytes)
 
     # Not compressed: the buffer is noise to a compressor and much larger than the rest
-    with replacing(folder / CHECKPOINT_NAME) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    target = folder / CHECKPOINT_NAME
+    with replacing(target) as file, own_errors(), zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("info.json", json.dumps(info))
         archive.writestr("model.zip", model_bytes.getbuffer())
         archive.writestr("state.pkl", pickle.dumps(state))

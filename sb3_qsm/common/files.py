@@ -86,15 +86,16 @@ def _remove_left(folder: Path, start: str) -> None:
 @contextlib.contextmanager
 def own_errors() -> Iterator[None]:
     """
-    PyTorch's writer covers an interrupt or a full disk with an error of its own about the file's structure; raise what it was.
+    Raise what it was, where a writer covers it with an error of its own: PyTorch's and :mod:`zipfile` do so with an interrupt
+    or a full disk.
 
-    :return: Context manager for calls of ``torch.save``
+    :return: Context manager for writing archives
     :raises KeyboardInterrupt: if that was the cause
     :raises OSError: if that was the cause
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         cause = error.__context__
         if isinstance(cause, (KeyboardInterrupt, OSError)):
             raise cause from None
