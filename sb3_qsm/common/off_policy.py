@@ -142,8 +142,7 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
                 f"action_space: each component's low must be below its high, got low={space.low} and high={space.high}"
             )
         twice = sorted(set(self._diffusion_kwargs()) & set(self.policy_kwargs))
-        arguments = inspect.signature(type(self)).parameters
-        own = [name for name in twice if name not in arguments]
+        own = [name for name in twice if name not in inspect.signature(type(self)).parameters]
         if own:
             raise ValueError(f"policy_kwargs must not have {', '.join(own)}: {type(self).__name__} decides on that itself")
         if twice:

@@ -192,6 +192,7 @@ class TrajectoryReplayBuffer(ReplayBuffer):
         self._free: list[int] = []
         self._open: list[list[int]] = [[] for _ in range(n_envs)]
 
+    # What can be looked for again is in no file, also in none of before it was kept
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_mode_rows"}
 

@@ -663,15 +663,14 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
             Mode(len(rows), float("nan"), float(np.mean([successes[i].total_reward for i in rows])), representative.positions)
             for rows, representative in zip(members, representatives, strict=True)
         ]
-        heirs: dict[int, int | None] = {
-            parent: mode for mode, (parent, continues) in enumerate(parents) if parent is not None and continues
-        }
+        heirs = {parent: mode for mode, (parent, continues) in enumerate(parents) if parent is not None and continues}
         chosen = self._mode
         if chosen is not None and chosen not in heirs:
             # Merged with another one, whose heir the new one is
             shared = [len(new[i] & old[chosen]) for i in order]
-            heirs[chosen] = shared.index(max(shared)) if any(shared) else None
-            if heirs[chosen] is None:
+            if any(shared):
+                heirs[chosen] = shared.index(max(shared))
+            else:
                 warnings.warn(f"The mode that was chosen, {chosen}, is gone: any may act now", stacklevel=2)
         # A model with some of this could not be saved
         with uninterrupted():
@@ -681,9 +680,8 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
             buffer.representatives = [mode.trajectory for mode in known]
             self._modes, self._outcomes = known, outcomes
             # Numbers of modes have changed: the user's choice, and what the environments follow
-            self.set_mode(None if chosen is None else heirs[chosen])
-            follows = [heirs.get(group - 1) for group in self._env_groups]
-            self._env_groups = [0 if mode is None else mode + 1 for mode in follows]
+            self.set_mode(None if chosen is None else heirs.get(chosen))
+            self._env_groups = [heirs[group - 1] + 1 if group - 1 in heirs else 0 for group in self._env_groups]
 
     # --- Logging, saving and loading
 

@@ -72,6 +72,16 @@ def test_save_load(tmp_path, kwargs):
     assert loaded.num_timesteps == 260
 
 
+def test_fewer_steps_of_acting_are_saved(tmp_path):
+    model = make_trained(policy_kwargs={"sampling_steps": 1})
+    model.save(tmp_path / "model")
+    loaded = DDiffPG.load(tmp_path / "model", env=make_env(), device="cpu")
+    assert loaded.actor.sampling_steps == model.actor.sampling_steps == 1
+    np.testing.assert_array_equal(predictions(model), predictions(loaded))
+    loaded.actor.sampling_steps = None
+    assert not np.allclose(predictions(model), predictions(loaded))
+
+
 def side_of(positions: np.ndarray) -> bool:
     """Which of the two goals a trajectory came to."""
     return bool(positions[-1, 0] > positions[0, 0])
