@@ -279,13 +279,27 @@ def test_an_archive_is_interrupted_by_what_happened(tmp_path, monkeypatch, error
     model.save(tmp_path / "model")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def fail(*_):
-        raise error
+    compressor = zipfile._get_compressor
+    begun = 0
+
+    def fail(*args):
+        nonlocal begun
+        begun += 1
+        if begun == last:
+            raise error
+        return compressor(*args)
 
     monkeypatch.setattr(zipfile, "_get_compressor", fail)
-    for call in (lambda: model.save(tmp_path / "model"), lambda: save_checkpoint(model, tmp_path)):
+    # A checkpoint's first member comes after those of the model in it
+    members = len(zipfile.ZipFile(tmp_path / "model.zip").namelist())
+    for last, call in (
+        (1, lambda: model.save(tmp_path / "model")),
+        (members + 1, lambda: save_checkpoint(model, tmp_path)),
+    ):
+        begun = 0
         with pytest.raises(type(error)) as found:
             call()
+        assert begun == last
         assert found.value is error or found.value.__cause__ is error
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
