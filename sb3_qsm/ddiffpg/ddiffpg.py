@@ -39,6 +39,7 @@ from sb3_qsm.ddiffpg.buffers import (
     ModeBatch,
     PositionFunction,
     TrajectoryReplayBuffer,
+    position_function,
     rows_of,
 )
 from sb3_qsm.ddiffpg.losses import ascend_actions, categorical_loss, categorical_projection
@@ -307,9 +308,7 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         # Before anything is built: is there what the clustering needs?
         self._distances = TrajectoryDistances()
         replay_buffer_class, replay_buffer_kwargs = self.replay_buffer_class, self.replay_buffer_kwargs
-        if replay_buffer_class is None:
-            dictionary = isinstance(self.observation_space, spaces.Dict)
-            self.replay_buffer_class = DictTrajectoryReplayBuffer if dictionary else TrajectoryReplayBuffer
+        self.replay_buffer_class = self._buffer_class()
         self.replay_buffer_kwargs = {"position": self.position, **replay_buffer_kwargs}
         try:
             super()._setup_model()
@@ -327,6 +326,14 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         self.novelty_optimizer = self.policy._make_optimizer(
             self.novelty.predictor.parameters(), lambda _: self.novelty_learning_rate
         )
+
+    def _buffer_class(self) -> type[TrajectoryReplayBuffer]:
+        given: Any = self.replay_buffer_class
+        if given is None:
+            dictionary = isinstance(self.observation_space, spaces.Dict)
+            return DictTrajectoryReplayBuffer if dictionary else TrajectoryReplayBuffer
+        kind: type[TrajectoryReplayBuffer] = given
+        return kind
 
     # --- What the user asks for
 
@@ -406,6 +413,7 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        self._check_kind_of_buffer()
         if self._recognise_modes():
             # The environments are in the midst of episodes that the buffer does not know
             self._last_obs = None
@@ -625,6 +633,7 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         Cluster the successful trajectories and carry the modes over. Failed trajectories join the mode whose representative
         they are nearest to. It is done every ``clustering_freq`` steps of the training.
         """
+        self._check_kind_of_buffer()
         self._clustered_at = self.num_timesteps
         buffer = self.replay_buffer
         self._recognise_modes()
@@ -765,10 +774,25 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         return True
 
     def _check_replay_buffer(self, own: ReplayBuffer | None) -> None:
-        assert self.replay_buffer is not None
-        assert isinstance(own, TrajectoryReplayBuffer)
-        _check_same_kind(self.replay_buffer, own)
+        self._check_kind_of_buffer()
         super()._check_replay_buffer(own)
+
+    def _check_kind_of_buffer(self) -> None:
+        """Refuse a replay buffer that is not like the one the model was made with."""
+        found: Any = self.replay_buffer
+        kind = self._buffer_class()
+        if not isinstance(found, kind):
+            raise ValueError(f"The replay buffer must be a {kind.__name__}, got a {type(found).__name__}")
+        size, own_size = found.positions.shape[1], len(self.novelty.mean)
+        if size != own_size:
+            raise ValueError(
+                f"The replay buffer's positions must have {own_size} entries, got {size}: see the argument position"
+            )
+        position = {"position": self.position, **self.replay_buffer_kwargs}["position"]
+        functions = [found.position, position_function(position, self.observation_space)]
+        theirs, own = (getattr(function, "indices", None) for function in functions)
+        if None not in (theirs, own) and theirs != own:
+            raise ValueError(f"The replay buffer's position must be the model's, {own}, got {theirs}")
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "mode_critics", "novelty", "novelty_optimizer", "_distances"]
@@ -820,16 +844,3 @@ def _parts(sizes: list[int]) -> list[slice]:
     """Where the groups of a batch are."""
     ends = np.cumsum(sizes).tolist()
     return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-
-
-def _check_same_kind(loaded: ReplayBuffer, own: TrajectoryReplayBuffer) -> None:
-    """Refuse a replay buffer that is not like the model's own."""
-    if type(loaded) is not type(own):
-        raise ValueError(f"The replay buffer must be a {type(own).__name__}, got a {type(loaded).__name__}")
-    assert isinstance(loaded, TrajectoryReplayBuffer)
-    size, own_size = loaded.positions.shape[1], own.positions.shape[1]
-    if size != own_size:
-        raise ValueError(f"The replay buffer's positions must have {own_size} entries, got {size}: see the argument position")
-    known = [getattr(buffer.position, "indices", None) for buffer in (loaded, own)]
-    if None not in known and known[0] != known[1]:
-        raise ValueError(f"The replay buffer's position must be the model's, {known[1]}, got {known[0]}")

@@ -155,6 +155,25 @@ def test_replay_buffer_of_another_kind(tmp_path):
     model.learn(20, reset_num_timesteps=False)
 
 
+@pytest.mark.parametrize("there", [None, "plain"])
+def test_replay_buffer_in_the_place_of_its_own(there, tmp_path):
+    model = make_trained()
+    model.save_replay_buffer(tmp_path / "own")
+    own = model.replay_buffer
+    model.replay_buffer = None if there is None else ReplayBuffer(100, model.observation_space, model.action_space)
+    message = "^The replay buffer must be a TrajectoryReplayBuffer, got a (NoneType|ReplayBuffer)$"
+    steps = model.num_timesteps
+    with pytest.raises(ValueError, match=message):
+        model.learn(20, reset_num_timesteps=False)
+    with pytest.raises(ValueError, match=message):
+        model.update_modes()
+    assert model.num_timesteps == steps
+    model.load_replay_buffer(tmp_path / "own")
+    assert model.replay_buffer.trajectories.keys() == own.trajectories.keys()
+    model.learn(20, reset_num_timesteps=False)
+    assert len(model.modes) == 2
+
+
 def test_position_function_of_the_wrong_shape():
     with pytest.raises(
         ValueError, match=r"^position must return finite numbers of shape \(batch, n\), here \(1, n\), got shape"
