@@ -296,6 +296,10 @@ class _Options:
             args.folder = "logs"
         if self.command == "benchmark" and not Path(args.log_dir).is_dir():
             raise UserError(f"argument --log-dir: {args.log_dir!r} is no folder")
+        if self.command == "plot_train":
+            _check_plotted(args, "--exp-folder", [args.exp_folder], [args.algo])
+        if self.command == "all_plots":
+            _check_plotted(args, "--exp-folders", args.exp_folders, args.algos)
         if self.command == "plot_from_file":
             _check_runs(args.input)
         self.safe = getattr(args, "safe", None)
@@ -537,6 +541,31 @@ def _check_writable(argument: str, folder: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"argument {argument}: cannot write to {folder!r}: {error.strerror}") from error
+
+
+def _check_plotted(args: argparse.Namespace, argument: str, folders: list[str], algorithms: list[str]) -> None:
+    """
+    Refuse folders and environments without a run, of which rl_zoo3 makes empty figures.
+
+    :param args: Arguments; the environments take the form that they have in the names of folders
+    :param argument: Name of the argument with the folders, for the message
+    :param folders: Folders of runs
+    :param algorithms: Algorithms
+    """
+    for folder in folders:
+        if not os.path.isdir(folder):
+            raise UserError(f"argument {argument}: {folder!r} is no folder")
+    found = [run for folder in folders for name in algorithms for run in Path(folder, name.lower()).glob("*")]
+    runs = {run.name for run in found if run.is_dir()}
+    # As rl_zoo3 names the folders
+    args.env = [env.replace("/", "-") for env in args.env]
+    for env in args.env:
+        if not any(env in run for run in runs):
+            there = sorted({re.sub(r"_\d+$", "", run) for run in runs})
+            raise UserError(
+                f"argument --env: no run of {env!r} by {', '.join(algorithms)} in {', '.join(folders)}; there: "
+                f"{', '.join(there) or 'none'}"
+            )
 
 
 def _check_runs(name: str) -> None:

@@ -178,6 +178,23 @@ BAD = {
     ),
     "no agents": (["benchmark", "--log-dir", "{tmp}/nowhere", "--no-hub"], ["--log-dir", "nowhere"]),
     "no figures": (["all_plots", "-f", "{logs}"], ["-e/--env"]),
+    "figure of no run": (
+        ["plot_train", "-e", "Pendulum-v1", "Hoper-v5", "-f", "{logs}"],
+        ["--env", "no run of 'Hoper-v5' by qsm in", "there: Pendulum-v1"],
+    ),
+    "figure of another algorithm": (
+        ["plot_train", "-a", "sac", "-e", "Pendulum-v1", "-f", "{logs}"],
+        ["--env", "no run of 'Pendulum-v1' by sac in", "there: none"],
+    ),
+    "figure of no folder": (["plot_train", *PENDULUM, "-f", "{tmp}/nowhere"], ["--exp-folder", "nowhere' is no folder"]),
+    "figures of no run": (
+        ["all_plots", "-e", "Hoper-v5", "-f", "{logs}", "-o", "{tmp}/results"],
+        ["--env", "no run of 'Hoper-v5' by qsm in", "there: Pendulum-v1"],
+    ),
+    "figures of no folder": (
+        ["all_plots", *PENDULUM, "-f", "{logs}", "{tmp}/nowhere"],
+        ["--exp-folders", "nowhere' is no folder"],
+    ),
     "no results": (["plot_from_file", "-i", "{tmp}/nothing"], ["--input", "nothing.pkl"]),
     "results of something else": (["plot_from_file", "-i", "{tmp}/a_pickle"], ["--input", "not written by all_plots"]),
 }

@@ -1,6 +1,7 @@
 """Every subcommand, for real, with our algorithm."""
 
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -128,6 +129,18 @@ def test_plot_train(cli, logs, tmp_path):
     assert status == 0, err
     assert f"Saved {tmp_path / 'Training_Episodic_Reward.png'}" in out
     assert iio.imread(tmp_path / "Training_Episodic_Reward.png").std() > 5
+
+
+def test_plots_of_an_environment_with_a_slash(cli, logs, tmp_path):
+    shutil.copytree(logs / "qsm" / "Pendulum-v1_1", tmp_path / "logs" / "qsm" / "my-Pendulum-v1_1")
+    shutil.copytree(logs / "qsm" / "Pendulum-v1_2", tmp_path / "logs" / "qsm" / "my-Pendulum-v1_2")
+    options = ("-e", "my/Pendulum-v1", "-f", tmp_path / "logs", "--save-figures", tmp_path)
+    status, _, err = cli("plot_train", *options, "-w", 1)
+    assert status == 0, err
+    status, _, err = cli("all_plots", *options, "-o", tmp_path / "results")
+    assert status == 0, err
+    with open(tmp_path / "results.pkl", "rb") as file:
+        assert len(pickle.load(file)["my-Pendulum-v1"][f"QSM-{tmp_path / 'logs'}"]["last_evals"]) == 2
 
 
 def test_all_plots_and_plot_from_file(cli, logs, tmp_path):
