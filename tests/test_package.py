@@ -258,6 +258,13 @@ def cli_help() -> Callable[[str], str]:
     return text
 
 
+@functools.cache
+def script_help(*arguments: str) -> str:
+    """The help of a script, or of its subcommand."""
+    command = [sys.executable, *arguments, "--help"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 def check_options(arguments: list[str], text: str) -> None:
     for argument in arguments:
         if re.match(r"--?[a-zA-Z]", argument):
@@ -276,11 +283,10 @@ def test_documented_shell_lines(line: str, cli_help: Callable[[str], str]):
         check_options(arguments[1:], text)
     elif program == "python":
         assert (ROOT / arguments[0]).is_file()
-        run = subprocess.run([sys.executable, arguments[0], "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
-        if re.match(r"usage: .* \.\.\.$", run.stdout, re.MULTILINE):
-            command = [sys.executable, *arguments[:2], "--help"]
-            run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        check_options(arguments, run.stdout)
+        text = script_help(arguments[0])
+        if re.match(r"usage: .* \.\.\.$", text, re.MULTILINE):
+            text = script_help(*arguments[:2])
+        check_options(arguments, text)
         assert all((ROOT / argument).exists() for argument in arguments if argument.endswith((".yml", ".md")))
     elif program == "make":
         targets = [argument for argument in arguments if "=" not in argument]
