@@ -200,8 +200,11 @@ def success_of(info: dict[str, Any]) -> bool:
     :raises ValueError: if it has none
     """
     for key in SUCCESS_KEYS:
-        if key in info:
-            return bool(info[key])
+        if info.get(key) is not None:
+            success = info[key]
+            if success != success:
+                raise ValueError(f"{key} in the info at the end of an episode must be True or False, got {success!r}")
+            return bool(success)
     raise ValueError(
         f"the info at the end of an episode must have {' or '.join(map(repr, SUCCESS_KEYS))}, True if the episode succeeded; "
         f"there: {', '.join(map(repr, info)) or 'nothing'}. A wrapper can add it."

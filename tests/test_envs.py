@@ -267,6 +267,10 @@ MAP = MAZES["TwoRoutes"]["maze_map"]
             lambda: PointEnv([(0, 0)], (0.5, 0), (-1, -1, 1, 1), [(0.4, -1, 0.6, 1)]),
             r"start must be outside .* got \(0.5, 0\)",
         ),
+        (
+            lambda: PointEnv([(1, 0)], (-2, 0), (-1, -1, 1.5, 1), [(-1.2, -0.2, -0.8, 0.2)]),
+            r"start must be inside of the bounds \(-1, -1, 1.5, 1\), got \(-2, 0\)",
+        ),
         (lambda: CorridorEnv(blocked=0), r"blocked must hold indices of routes, such as \[0\], got 0"),
         (lambda: CorridorEnv(blocked=[0.0]), "blocked must hold indices of routes, got 0.0; routes are 0 to 1"),
         (lambda: MazeEnv(MAP, goal_radius=-1.0), "goal_radius must be a number > 0, got -1.0"),

@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 import sb3_qsm.envs  # noqa: F401 registers the environments
 from sb3_qsm import QSM
-from sb3_qsm.evaluation import count_modes
+from sb3_qsm.evaluation import count_modes, success_of
 
 POINT = "sb3_qsm/NGoalPoint-v0"
 
@@ -168,3 +168,12 @@ def test_environment_without_success():
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         count_modes(model, gym.make("Pendulum-v1", max_episode_steps=3), 1)
+
+
+def test_success_is_the_first_flag_that_says_something():
+    assert success_of({"success": None, "is_success": True})
+    assert not success_of({"success": 0.0, "is_success": True})
+    with pytest.raises(ValueError, match="^success in the info at the end of an episode must be True or False, got nan$"):
+        success_of({"success": float("nan")})
+    with pytest.raises(ValueError, match="must have 'success' or 'is_success'"):
+        success_of({"success": None})

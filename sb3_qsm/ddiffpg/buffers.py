@@ -15,6 +15,7 @@ from stable_baselines3.common.type_aliases import DictReplayBufferSamples, Repla
 from stable_baselines3.common.vec_env import CloudpickleWrapper, VecNormalize
 
 from sb3_qsm.common.signals import uninterrupted
+from sb3_qsm.ddiffpg.distance import dtw_distance, half_way
 from sb3_qsm.evaluation import success_of
 
 #: Modes of a row that holds nothing, and of one whose trajectory has none yet
@@ -125,7 +126,8 @@ class TrajectoryReplayBuffer(ReplayBuffer):
     """
     Transitions by trajectory. A transition has two target actions, for the exploration and for the mode of its trajectory.
     When memory is short, whole trajectories go: the oldest failure, then the oldest success of the mode that has most of them,
-    so that no mode is lost because another one is taken more often.
+    so that no mode is lost because another one is taken more often. A success since the last clustering counts as one of the
+    mode that it is near.
 
     :param buffer_size: Largest number of transitions
     :param observation_space: Observation space
@@ -180,8 +182,12 @@ class TrajectoryReplayBuffer(ReplayBuffer):
         #: Positions of the trajectories that stood for the modes when the modes were assigned
         self.representatives: list[npt.NDArray[np.float64]] = []
         self.row_modes = np.full(self.buffer_size, FREE)
+        # Trajectories with smaller ids were there when the modes were assigned
+        self._assigned_id = 0
         # Rows of the modes, looked for when they are sampled: a buffer may have a million
         self._mode_rows: dict[int, Rows] = {}
+        # Modes that the successes since then are near, by their ids
+        self._near: dict[int, int] = {}
         self.target_actions = np.zeros((self.buffer_size, 2, self.action_dim), dtype=np.float32)
         # Drawn from a copy: the environment's own space draws what it would have drawn
         example = copy.deepcopy(observation_space).sample()
@@ -194,10 +200,10 @@ class TrajectoryReplayBuffer(ReplayBuffer):
 
     # What can be looked for again is in no file, also in none of before it was kept
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_mode_rows"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_mode_rows", "_near")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _mode_rows={})
+        self.__dict__.update({"_assigned_id": 0, **state}, _mode_rows={}, _near={})
 
     def size(self) -> int:
         """Number of transitions."""
@@ -271,12 +277,23 @@ class TrajectoryReplayBuffer(ReplayBuffer):
         if not successes:
             raise ValueError(f"buffer_size must hold at least one whole episode of every environment, got {self.buffer_size}")
         # What has no mode may be the first of a new one, so it goes only where there is more of it than of any mode
-        modes = [trajectory.mode for trajectory in successes]
+        modes = [self._mode_near(trajectory) for trajectory in successes]
         largest = max(set(modes), key=lambda mode: (modes.count(mode), mode != UNASSIGNED))
         self._remove(successes[modes.index(largest)])
 
+    def _mode_near(self, trajectory: Trajectory) -> int:
+        """Mode of a trajectory. Of one that no clustering has seen, that which it is near, if it is near one."""
+        if trajectory.mode != UNASSIGNED or trajectory.id < self._assigned_id or not self.representatives:
+            return trajectory.mode
+        if trajectory.id not in self._near:
+            distances = [dtw_distance(trajectory.positions, positions) for positions in self.representatives]
+            near = min(distances) <= half_way(self.representatives)
+            self._near[trajectory.id] = int(np.argmin(distances)) if near else UNASSIGNED
+        return self._near[trajectory.id]
+
     def _remove(self, trajectory: Trajectory) -> None:
         del self.trajectories[trajectory.id]
+        self._near.pop(trajectory.id, None)
         self.row_modes[trajectory.rows] = FREE
         self._free.extend(trajectory.rows.tolist())
         if trajectory.mode != UNASSIGNED:
@@ -299,7 +316,7 @@ class TrajectoryReplayBuffer(ReplayBuffer):
         super().reset()
         self.trajectories.clear()
         self.representatives = []
-        self._mode_rows = {}
+        self._mode_rows, self._near = {}, {}
         self.row_modes[:] = FREE
         self._free, self._open = [], [[] for _ in self._open]
 
@@ -341,7 +358,7 @@ class TrajectoryReplayBuffer(ReplayBuffer):
                 self.target_actions[rows, MODE] = self.actions[rows, 0]
             trajectory.mode = mode
             self.row_modes[rows] = mode
-        self._mode_rows = {}
+        self._mode_rows, self._near, self._assigned_id = {}, {}, self.next_id
 
     def sample(  # type: ignore[override]
         self, batch_size: int, env: VecNormalize | None = None

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import math
 import pathlib
 import warnings
 from collections import deque
@@ -17,12 +16,14 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import (
     DictReplayBufferSamples,
     GymEnv,
     MaybeCallback,
     ReplayBufferSamples,
     Schedule,
+    TensorDict,
 )
 from stable_baselines3.common.utils import update_learning_rate
 from torch import nn
@@ -42,8 +43,9 @@ from sb3_qsm.ddiffpg.buffers import (
     position_function,
     rows_of,
 )
+from sb3_qsm.ddiffpg.distance import dtw_distance, half_way
 from sb3_qsm.ddiffpg.losses import ascend_actions, categorical_loss, categorical_projection
-from sb3_qsm.ddiffpg.modes import Mode, TrajectoryDistances, cluster, dtw_distance, inherit, medoid, modes_passing, squareform
+from sb3_qsm.ddiffpg.modes import Mode, TrajectoryDistances, cluster, inherit, medoid, modes_passing, squareform
 from sb3_qsm.ddiffpg.novelty import RandomNetworkDistillation, noveld_reward
 from sb3_qsm.ddiffpg.policies import (
     CategoricalCritic,
@@ -318,6 +320,8 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         for layer in self.critic.q_networks[0].children():
             if not isinstance(layer, (nn.Linear, nn.LayerNorm)) and any(True for _ in layer.parameters()):
                 raise ValueError(f"critic_activation_fn must be one without parameters, got {type(layer).__name__}")
+        # A buffer that is assigned has other episodes
+        self._buffer_id = id(self.replay_buffer)
         position_dim = self.replay_buffer.positions.shape[1]
         for mode in self._modes:
             if mode.trajectory.shape[1] != position_dim:
@@ -414,9 +418,10 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         self._check_kind_of_buffer()
-        if self._recognise_modes():
+        if self._recognise_modes() or id(self.replay_buffer) != self._buffer_id:
             # The environments are in the midst of episodes that the buffer does not know
             self._last_obs = None
+        self._buffer_id = id(self.replay_buffer)
         new_episodes = reset_num_timesteps or self._last_obs is None or self._step_is_open
         if self._modes and not self.replay_buffer.successes():
             warnings.warn(
@@ -468,9 +473,11 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
                 self.replay_buffer.rewards[trajectory.rows, 0], self._vec_normalize_env
             )
             discounted = 0.0
+            # Rewards and what they add up to are rounded
+            slack = 1e-5 * max(abs(self.v_min), abs(self.v_max))
             for reward in rewards[::-1]:
                 discounted = float(reward) + self.gamma * discounted
-                if not self.v_min <= discounted <= self.v_max:
+                if not self.v_min - slack <= discounted <= self.v_max + slack:
                     raise ValueError(
                         f"v_min={self.v_min:g} and v_max={self.v_max:g} must contain all discounted returns, got "
                         f"{discounted:g} at environment step {self.num_timesteps}. Model and replay buffer can still be saved."
@@ -595,6 +602,8 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
             features = [critic.features(rows_of(observations, part)) for critic, part in zip(critics, parts, strict=True)]
         min_q = StackedCritics(critics, features)
         actions = ascend_actions(min_q, batch.target_actions, self.target_action_steps, self.target_action_lr)
+        # What is stored is what later trainings begin with
+        self._check_finite("target_actions", {"target_actions": actions.sum()})
         self.replay_buffer.set_target_actions(batch, actions.cpu().numpy())
         return actions
 
@@ -760,8 +769,7 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
             stacklevel=3,
         )
         # A success half way to another mode, or farther, may be of a mode that is not known
-        between = [dtw_distance(one, other) for i, one in enumerate(known) for other in known[:i]]
-        limit = min(between, default=math.inf) / 2
+        limit = half_way(known)
         modes = {}
         for trajectory in self.replay_buffer.trajectories.values():
             distances = [dtw_distance(trajectory.positions, positions) for positions in known]
@@ -795,11 +803,37 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
             raise ValueError(f"The replay buffer's position must be the model's, {own}, got {theirs}")
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "mode_critics", "novelty", "novelty_optimizer", "_distances"]
+        return [*super()._excluded_save_params(), "mode_critics", "novelty", "novelty_optimizer", "_distances", "_buffer_id"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         modes = [f"mode_critics.{index}.optimizer" for index in range(len(self._modes))]
         return ["policy", "actor.optimizer", "critic.optimizer", "novelty", "novelty_optimizer", *modes], []
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | TensorDict,
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """
+        Load parameters, see :meth:`BaseAlgorithm.set_parameters`. They are those of as many modes; which modes these are,
+        :attr:`modes`, is not among them, so that of another training :meth:`load` is to be used.
+
+        :param load_path_or_dict: File, or parameters as :meth:`get_parameters` gives them
+        :param exact_match: Whether all parameters must be there
+        :param device: Device on which the code should run
+        :raises ValueError: if they are of another number of modes; those that were there stay
+        """
+        parameters: Any = load_path_or_dict
+        if not isinstance(parameters, dict):
+            _, parameters, _ = load_from_zip_file(parameters, device=device, load_data=False)
+        embeddings = parameters.get("policy", {}).get("actor.mode_embeddings")
+        if embeddings is not None and len(embeddings) != len(self._modes) + 1:
+            raise ValueError(
+                f"The parameters must be of a model with as many modes ({len(self._modes)}), got {len(embeddings) - 1}: load "
+                "takes over the modes too"
+            )
+        super().set_parameters(parameters, exact_match, device)
 
     def _safe_state(self) -> dict[str, Any]:
         """What :meth:`save_safe` writes beside arguments and tensors."""

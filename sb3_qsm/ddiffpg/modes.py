@@ -1,7 +1,6 @@
 """Modes: clusters of successful trajectories, how they are found and what becomes of them."""
 
 import importlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import numpy.typing as npt
 import torch as th
 
 from sb3_qsm.ddiffpg.buffers import Trajectory
+from sb3_qsm.ddiffpg.distance import check_dtaidistance, dtw_distance
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -49,15 +49,11 @@ class TrajectoryDistances:
     Distances between trajectories, each computed once: dynamic time warping by ``dtaidistance``, divided by the square root of
     the number of points of the longer one, so that it is in units of position and does not grow with the length.
 
-    :raises ImportError: if ``dtaidistance`` is not installed
+    :raises ImportError: if ``dtaidistance`` is not installed, or without its compiled part
     """
 
     def __init__(self) -> None:
-        try:
-            importlib.import_module("dtaidistance")
-            importlib.import_module("scipy.cluster")
-        except ImportError as error:
-            raise ImportError(f'DDiffPG needs pip install "sb3-qsm[ddiffpg]": {error}') from error
+        check_dtaidistance()
         self.known: dict[tuple[int, int], float] = {}
         self._trajectories: dict[int, Trajectory] = {}
 
@@ -91,18 +87,6 @@ class TrajectoryDistances:
         same = {number for number, trajectory in trajectories.items() if self._trajectories.get(number) is trajectory}
         self.known = {key: value for key, value in self.known.items() if key[0] in same and key[1] in same}
         self._trajectories = dict(trajectories)
-
-
-def dtw_distance(first: FloatArray, second: FloatArray) -> float:
-    """
-    Distance by dynamic time warping, in units of position.
-
-    :param first: Positions, shape ``(n, position_dim)``
-    :param second: Positions, shape ``(m, position_dim)``
-    :return: Root of the mean squared distance between the points that are matched, over the longer one's number of points
-    """
-    dtw_ndim: Any = importlib.import_module("dtaidistance.dtw_ndim")
-    return float(dtw_ndim.distance_fast(first, second)) / math.sqrt(max(len(first), len(second)))
 
 
 def cluster(

@@ -55,6 +55,8 @@ class PointEnv(PlaneEnv):
         check_number("goal_radius", goal_radius, 0.0, strict=True)
         check_number("start_noise", start_noise, 0.0)
         self.start = np.asarray(start, dtype=np.float64)
+        if (self._within(self.start) != self.start).any():
+            raise ValueError(f"start must be inside of the bounds {tuple(bounds)}, got {start!r}")
         if any(inside(self.start, obstacle) for obstacle in self.obstacles):
             raise ValueError(f"start must be outside of the obstacles, got {start!r}")
         self.step_size = step_size

@@ -1,16 +1,20 @@
 """Wrong arguments and environments end in a message that says what is wrong."""
 
+import copy
+import importlib
 import re
 import sys
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
+import sb3_qsm.ddiffpg.ddiffpg
 from sb3_qsm import QSM, DDiffPG
 from sb3_qsm.ddiffpg.buffers import DictTrajectoryReplayBuffer
 from sb3_qsm.envs import NGoalPointEnv
@@ -179,6 +183,50 @@ def test_position_function_of_the_wrong_shape():
         ValueError, match=r"^position must return finite numbers of shape \(batch, n\), here \(1, n\), got shape"
     ):
         make_model(position=lambda observations: observations[0])
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.3, 5.3, -0.3])
+def test_returns_that_are_a_bound_but_for_rounding(reward):
+    env = gym.wrappers.TransformReward(make_point(), lambda given: reward * given)
+    bounds = {"v_min": 0.0, "v_max": reward} if reward > 0 else {"v_min": reward, "v_max": 1.0}
+    model = make_model(DummyVecEnv([lambda: env]), n_atoms=11, **bounds).learn(60)
+    assert sum(trajectory.success for trajectory in model.replay_buffer.trajectories.values()) >= 3
+
+
+def test_compiled_part_of_the_distances_is_missing(monkeypatch):
+    """Before the training: the clustering would come thousands of steps later."""
+    dtw = importlib.import_module("dtaidistance.dtw")
+    monkeypatch.setattr(dtw, "dtw_cc", None)
+    with pytest.raises(ImportError, match=r'DDiffPG needs pip install "sb3-qsm\[ddiffpg\]".*compiled'):
+        DDiffPG("MlpPolicy", make_point())
+
+
+def test_parameters_of_another_number_of_modes(tmp_path):
+    trained, other = make_trained(), make_model(seed=1)
+    trained.save(tmp_path / "model")
+    before = copy.deepcopy(other.get_parameters())
+    message = r"^The parameters must be of a model with as many modes \(0\), got 2: load takes over the modes too$"
+    for parameters in (trained.get_parameters(), tmp_path / "model.zip"):
+        with pytest.raises(ValueError, match=message):
+            other.set_parameters(parameters)
+    for name, tensor in other.get_parameters()["policy"].items():
+        assert th.equal(tensor, before["policy"][name]), name
+    again = DDiffPG.load(tmp_path / "model")
+    again.set_parameters(tmp_path / "model.zip")
+    again.set_parameters(trained.get_parameters())
+
+
+def test_target_actions_that_are_not_finite_are_not_stored(monkeypatch):
+    model = make_trained()
+    before = model.replay_buffer.target_actions.copy()
+
+    def overflow(min_q, actions, *args):
+        return th.full_like(actions, float("nan"))
+
+    monkeypatch.setattr(sb3_qsm.ddiffpg.ddiffpg, "ascend_actions", overflow)
+    with pytest.raises(ValueError, match="target_actions is nan"):
+        model.train(1, 16)
+    np.testing.assert_array_equal(model.replay_buffer.target_actions, before)
 
 
 @pytest.mark.parametrize("module", ["dtaidistance", "scipy.cluster"])

@@ -118,6 +118,35 @@ def test_no_mode_is_lost_to_a_more_frequent_one():
     assert set(modes_of(buffer)) == {0, 3, 4, 7}
 
 
+def test_a_rare_way_outlasts_a_frequent_one_until_it_is_a_mode():
+    """One rare success and 39 others between two clusterings, of which the buffer holds 50: more than half."""
+    pytest.importorskip("dtaidistance")
+    from sb3_qsm.ddiffpg.modes import TrajectoryDistances, cluster, medoid, squareform
+
+    buffer, distances, rare = make_buffer(10_000, max_successes=50), TrajectoryDistances(), []
+    rng = np.random.default_rng(0)
+    for clustering in range(4):
+        rare.append(buffer.next_id)
+        for way in [-20.0, *[20.0] * 39]:
+            add_episode(buffer, 4, True, way + rng.normal(0, 0.2))
+        distances.keep(buffer.trajectories)
+        successes = buffer.successes()
+        assert len(successes) == min(50, 40 * (clustering + 1))
+        labels = cluster(distances.condensed(successes))
+        groups = [[t for t, label in zip(successes, labels, strict=True) if label == k] for k in range(labels.max() + 1)]
+        parents = [None] * len(groups) if clustering == 0 else [min(k, 0) for k in range(len(groups))]
+        buffer.assign({t.id: k for k, group in enumerate(groups) for t in group}, parents)
+        middles = [medoid(squareform(distances.condensed(group))) for group in groups]
+        buffer.representatives = [group[middle].positions for group, middle in zip(groups, middles, strict=True)]
+        assert set(rare) <= buffer.trajectories.keys()
+    assert len(groups) == 2
+    # What the buffer works out itself is in no file, and worked out again
+    again = pickle.loads(pickle.dumps(buffer))
+    for one in (buffer, again):
+        add_episode(one, 4, True, 20.0)
+    assert again.trajectories.keys() == buffer.trajectories.keys()
+
+
 def test_unfinished_episodes_are_forgotten():
     buffer = make_buffer(n_envs=2)
     obs = np.zeros((2, 3), dtype=np.float32)

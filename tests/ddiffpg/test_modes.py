@@ -14,11 +14,11 @@ pytest.importorskip("dtaidistance")
 from dtaidistance import dtw_ndim
 
 from sb3_qsm.ddiffpg.buffers import Trajectory
+from sb3_qsm.ddiffpg.distance import dtw_distance
 from sb3_qsm.ddiffpg.modes import (
     Inheritance,
     TrajectoryDistances,
     cluster,
-    dtw_distance,
     inherit,
     medoid,
     modes_passing,
@@ -175,11 +175,11 @@ def test_modes_that_pass_by():
 
 
 def test_every_distance_is_computed_once(monkeypatch):
+    distances = TrajectoryDistances()
     calls = []
     real = dtw_ndim.distance_fast
     monkeypatch.setattr(dtw_ndim, "distance_fast", lambda *args: calls.append(0) or real(*args))
     found = ways(2, 10, 0.02, np.random.default_rng(0))
-    distances = TrajectoryDistances()
     distances.keep({one.id: one for one in found})
     first = distances.condensed(found[:8])
     assert len(calls) == 28

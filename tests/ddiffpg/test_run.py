@@ -20,7 +20,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 import sb3_qsm.ddiffpg
 from sb3_qsm import QSM, DDiffPG
 from sb3_qsm.ddiffpg.buffers import EXPLORATION, MODE, DictTrajectoryReplayBuffer, TrajectoryReplayBuffer
-from sb3_qsm.ddiffpg.modes import Inheritance, dtw_distance
+from sb3_qsm.ddiffpg.distance import dtw_distance
+from sb3_qsm.ddiffpg.modes import Inheritance
 from sb3_qsm.envs import NGoalPointEnv
 from sb3_qsm.evaluation import count_modes
 from tests.ddiffpg.models import (

@@ -13,11 +13,11 @@ import torch as th
 from stable_baselines3.common.logger import Logger
 
 from sb3_qsm import QSM, DDiffPG
-from sb3_qsm.common.checkpoint import RunCheckpointCallback
+from sb3_qsm.common.checkpoint import CheckpointError, RunCheckpointCallback
 from sb3_qsm.ddiffpg.buffers import UNASSIGNED, TrajectoryReplayBuffer
 from sb3_qsm.ddiffpg.policies import ModeActor, ModePolicy
 from sb3_qsm.export import to_onnx, to_torch_export
-from tests.ddiffpg.models import SMALL, make_env, make_model, make_trained
+from tests.ddiffpg.models import MAX_STEPS, SMALL, make_env, make_model, make_trained
 from tests.test_resume import assert_same, learner_state
 
 pytest.importorskip("dtaidistance")
@@ -158,6 +158,35 @@ def test_resume(tmp_path):
     assert_same(learner_state(again), learner_state(model))
     again.learn(50, reset_num_timesteps=False)
     assert again.num_timesteps == 250
+
+
+def test_an_assigned_buffer_has_no_part_in_the_episodes_that_go_on():
+    first, second = make_model(clustering_freq=10_000), make_model(clustering_freq=10_000, seed=1)
+    first.learn(101)
+    second.learn(101)
+    assert first.replay_buffer._open[0]
+    assert second.replay_buffer._open[0]
+    second.replay_buffer = first.replay_buffer
+    second.learn(40, reset_num_timesteps=False)
+    for trajectory in second.replay_buffer.trajectories.values():
+        steps = np.linalg.norm(np.diff(trajectory.positions, axis=0), axis=1)
+        assert steps.max() < 0.61
+    # With its own buffer the episode goes on
+    buffer = second.replay_buffer
+    rows = list(buffer._open[0])
+    assert rows
+    before = buffer.observations[rows].copy()
+    second.learn(MAX_STEPS, reset_num_timesteps=False)
+    assert any(set(rows) < set(trajectory.rows) for trajectory in buffer.trajectories.values())
+    np.testing.assert_array_equal(buffer.observations[rows], before)
+
+
+def test_another_size_of_the_buffer_is_refused_by_resume(tmp_path):
+    make_model().learn(100, callback=RunCheckpointCallback(50, tmp_path))
+    with pytest.raises(
+        CheckpointError, match="the checkpoint's replay buffer has max_successes=500, the model's max_successes=3"
+    ):
+        DDiffPG.resume(tmp_path, make_env(), replay_buffer_kwargs={"max_successes": 3})
 
 
 def test_from_one_to_two_environments(tmp_path):
