@@ -36,6 +36,15 @@ from sb3_qsm.common.files import BAD_ZIP, own_errors, replacing
 CHECKPOINT_NAME = "checkpoint.zip"
 FORMAT = 1
 _INFO = ("algorithm", "num_timesteps", "n_envs", "vec_normalize")
+_BUFFER_ARGUMENTS = (
+    "buffer_size",
+    "n_steps",
+    "n_sampled_goal",
+    "goal_selection_strategy",
+    "handle_timeout_termination",
+    "max_successes",
+    "max_points",
+)
 _MEMBERS = ("model.zip", "state.pkl", "replay_buffer.pkl")
 
 AlgorithmT = TypeVar("AlgorithmT", bound=OffPolicyAlgorithm)
@@ -83,7 +92,8 @@ def read_info(path: str | os.PathLike[str]) -> dict[str, Any]:
     Check a checkpoint from its first to its last byte and read what it is of.
 
     :param path: A run's folder or the checkpoint itself
-    :return: ``algorithm`` (class name), ``num_timesteps``, ``n_envs``, ``vec_normalize`` (bool)
+    :return: ``algorithm`` (class name), ``num_timesteps``, ``n_envs``, ``vec_normalize`` (bool), and ``log`` (its folder in
+        ``tensorboard_log`` or None; not in files of older versions)
     :raises CheckpointError: if there is none, it is damaged, or no checkpoint of this package
     """
     found = checkpoint_path(path)
@@ -127,6 +137,7 @@ def save_checkpoint(
         "num_timesteps": model.num_timesteps,
         "n_envs": model.env.num_envs,
         "vec_normalize": vec_normalize is not None,
+        "log": _log_name(model),
     }
     state = {
         "global_rng": _global_rng_state(),
@@ -272,6 +283,15 @@ class RunCheckpointCallback(BaseCallback):
         return True
 
 
+def _log_name(model: OffPolicyAlgorithm) -> str | None:
+    """Name of the folder in ``tensorboard_log`` that the training logs into, as far as it is there."""
+    folder = getattr(getattr(model, "_logger", None), "dir", None)
+    if folder is None or model.tensorboard_log is None:
+        return None
+    path = Path(folder)
+    return path.name if path.parent == Path(model.tensorboard_log) else None
+
+
 def _global_rng_state() -> dict[str, Any]:
     """The generators that SB3, its buffers and torch draw from are the global ones."""
     return {
@@ -405,7 +425,7 @@ def _buffer_state(buffer: ReplayBuffer | None) -> dict[str, Any]:
 def _restore_buffer(buffer: ReplayBuffer | None, state: dict[str, Any]) -> None:
     """Fill a buffer made by the same arguments; what is cut off by the environments' reset is marked so."""
     assert buffer is not None
-    for name in ("buffer_size", "n_steps", "n_sampled_goal", "goal_selection_strategy", "handle_timeout_termination"):
+    for name in _BUFFER_ARGUMENTS:
         there, here = state.get(name), getattr(buffer, name, None)
         if there != here:
             raise CheckpointError(f"the checkpoint's replay buffer has {name}={there}, the model's {name}={here}")

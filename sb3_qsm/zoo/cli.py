@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import importlib
 import importlib.util
+import math
 import os
 import pickle
 import re
@@ -20,6 +21,8 @@ import gymnasium as gym
 import numpy as np
 import optuna
 import yaml
+from rl_zoo3.utils import get_latest_run_id, get_trained_models
+from stable_baselines3.common.monitor import LoadMonitorResultsError
 from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -27,7 +30,7 @@ from sb3_qsm import __version__
 from sb3_qsm.common.checkpoint import CheckpointError, read_info
 from sb3_qsm.common.safe import SUFFIX, has_vec_normalize, load_vec_normalize
 from sb3_qsm.zoo import shims
-from sb3_qsm.zoo.errors import UserError
+from sb3_qsm.zoo.errors import SETUP_MISTAKES, TRACEBACK_HINT, TRACEBACK_VARIABLE, UserError
 from sb3_qsm.zoo.hyperparams import hyperparams_file
 from sb3_qsm.zoo.registry import ALGORITHMS, register
 from sb3_qsm.zoo.storage import open_storage
@@ -35,8 +38,6 @@ from sb3_qsm.zoo.storage import open_storage
 DEFAULT_ALGORITHM = "qsm"
 DEFAULT_CHECKPOINT_FREQ = 25_000
 DEFAULT_HEARTBEAT = 60
-# Prints the traceback that an error's one line leaves out
-TRACEBACK_VARIABLE = "SB3_QSM_TRACEBACK"
 
 COMMANDS = {
     "train": "train an agent, tune hyperparameters with Optuna (-optimize), or go on with a killed run (--resume)",
@@ -61,6 +62,8 @@ _FUNCTIONS = {
     "plot_policy": ("sb3_qsm.zoo.plot_policy", "plot_policy"),
 }
 _PLOTS = ("plot_train", "all_plots", "plot_from_file")
+# Those of rl_zoo3 that cannot make environments of other packages
+_WITHOUT_PACKAGES = ("record_video", "record_training", "benchmark")
 _PLAYS = ("enjoy", "record_video", "push_to_hub")
 # Packages that tell gymnasium of their environments only when they are imported, and how the names of those begin
 _ENV_PACKAGES = {
@@ -68,6 +71,8 @@ _ENV_PACKAGES = {
     "sb3_qsm.envs": ("sb3_qsm/",),
     "gymnasium_robotics": ("Adroit", "AntMaze", "Fetch", "FrankaKitchen", "HandManipulate", "HandReach", "PointMaze"),
 }
+# Files that record_training makes
+_VIDEOS = r"(best-model|checkpoint-\d+|final-model|training)[-.]"
 # Options that a resumed run may change: they do not touch what is computed
 _RESUME_OPTIONS = ("resume", "checkpoint_freq", "keep_checkpoint", "device", "num_threads", "verbose", "progress")
 
@@ -116,6 +121,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         prefix = f"sb3-qsm {command}" if command in COMMANDS else "sb3-qsm"
         print(f"{prefix}: error: {name}{_one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except SETUP_MISTAKES as error:
+        # A training that breaks off in its middle is to say where; what plays and plots has only just begun
+        if command == "train" or os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        print(f"sb3-qsm {command}: error: {type(error).__name__}: {_one_line(error)}{TRACEBACK_HINT}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -144,7 +155,7 @@ def _run(command: str, arguments: list[str]) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(sys, "argv", [f"sb3-qsm {command}", *arguments]))
         stack.enter_context(_hooked_parser(options))
-        stack.enter_context(shims.own_subprocesses())
+        stack.enter_context(shims.own_subprocesses(options.gym_packages))
         stack.enter_context(shims.ffmpeg_on_path())
         if command in _PLAYS:
             stack.enter_context(shims.small_replay_buffers(ALGORITHMS))
@@ -152,6 +163,10 @@ def _run(command: str, arguments: list[str]) -> None:
             stack.enter_context(options.safe_model())
         if command in _PLOTS:
             stack.enter_context(options.figures_to_files())
+        if command == "plot_train":
+            stack.enter_context(shims.success_of_goal_tasks())
+        if command == "benchmark":
+            stack.enter_context(shims.names_of_folders())
         if command == "train":
             from sb3_qsm.zoo.manager import ZooExperimentManager
 
@@ -183,7 +198,7 @@ def _hooked_parser(options: "_Options") -> Iterator[None]:
         options.prepare(parser)
         try:
             parsed = real_parse_args(parser, *args)
-        except (ArithmeticError, NameError, SyntaxError, TypeError) as error:
+        except (ArithmeticError, AttributeError, LookupError, NameError, SyntaxError, TypeError) as error:
             # rl_zoo3 evaluates NAME:VALUE
             raise UserError(f"values in NAME:VALUE must be Python expressions: {error}") from error
         return options.check(parser, parsed)
@@ -212,6 +227,7 @@ class _Options:
         self.figures: str | None = None
         self.safe: str | None = None
         self.norm_reward = False
+        self.gym_packages: list[str] = []
 
     def prepare(self, parser: argparse.ArgumentParser) -> None:
         """
@@ -270,6 +286,11 @@ class _Options:
                 metavar="FILE",
                 help="play the model in this .safetensors file, which save_safe wrote; no other file is read",
             )
+        if self.command in _WITHOUT_PACKAGES:
+            group = parser.add_argument_group("sb3-qsm")
+            group.add_argument(
+                "--gym-packages", nargs="+", default=[], metavar="PACKAGE", help="packages that bring environments"
+            )
         if self.command in _PLOTS:
             group = parser.add_argument_group("sb3-qsm")
             group.add_argument("--save-figures", metavar="FOLDER", help="write the figures as PNG instead of showing them")
@@ -284,6 +305,7 @@ class _Options:
         :raises UserError: naming the argument, its value and what is allowed
         """
         resumed = getattr(args, "resume", None) is not None
+        self.gym_packages[:] = getattr(args, "gym_packages", [])
         # First, since what follows may make folders; a run that goes on has its environment's name in its own files
         if hasattr(args, "env") and isinstance(args.env, str) and not resumed:
             _check_env(args)
@@ -294,12 +316,20 @@ class _Options:
         if getattr(args, "folder", None) == "rl-trained-agents" and args.algo in ALGORITHMS:
             # rl_zoo3's default is its collection of agents, of other algorithms
             args.folder = "logs"
-        if self.command == "benchmark" and not Path(args.log_dir).is_dir():
-            raise UserError(f"argument --log-dir: {args.log_dir!r} is no folder")
+        if self.command == "benchmark":
+            if not Path(args.log_dir).is_dir():
+                raise UserError(f"argument --log-dir: {args.log_dir!r} is no folder")
+            if args.no_hub and not get_trained_models(args.log_dir):
+                raise UserError(f"argument --log-dir: {args.log_dir!r} has no trained agent (ALGO/ENV_1)")
+        if self.command == "record_training":
+            _check_filmed(args)
         if self.command == "plot_train":
+            args.algo = args.algo.lower()
             _check_plotted(args, "--exp-folder", [args.exp_folder], [args.algo])
+            _check_episodes(args)
         if self.command == "all_plots":
             _check_plotted(args, "--exp-folders", args.exp_folders, args.algos)
+            _check_evaluations(args)
         if self.command == "plot_from_file":
             _check_runs(args.input)
         self.safe = getattr(args, "safe", None)
@@ -309,6 +339,8 @@ class _Options:
         self.figures = getattr(args, "save_figures", None)
         if self.figures is not None:
             _check_writable("--save-figures", self.figures)
+            # The figures are not shown anyway, and only what is shown is saved
+            args.no_display = False
         return args
 
     def _check_train(self, parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
@@ -318,16 +350,21 @@ class _Options:
             args.checkpoint_freq = DEFAULT_CHECKPOINT_FREQ if args.algo in ALGORITHMS else -1
         if args.heartbeat < 0:
             raise UserError(f"argument --heartbeat: must be a number of seconds >= 0, got {args.heartbeat}")
-        if args.resume is not None:
-            return args
-        for name, option, lowest in (("n_timesteps", "-n", 1), ("eval_episodes", "--eval-episodes", 1)):
-            value = getattr(args, name)
-            if value < lowest and value != parser.get_default(name):
-                raise UserError(f"argument {option}: must be an integer >= {lowest}, got {value}")
         try:
             get_device(args.device)
         except RuntimeError as error:
             raise UserError(f"argument --device: {_one_line(error)}") from error
+        if args.resume is not None:
+            return args
+        for name, option, lowest in (
+            ("n_timesteps", "-n", 1),
+            ("eval_episodes", "--eval-episodes", 1),
+            ("n_eval_envs", "--n-eval-envs", 1),
+            ("n_evaluations", "--n-evaluations", 1),
+        ):
+            value = getattr(args, name)
+            if value is not None and value < lowest and value != parser.get_default(name):
+                raise UserError(f"argument {option}: must be an integer >= {lowest}, got {value}")
         if args.trained_agent:
             _check_file("--trained-agent", args.trained_agent, ".zip")
         if args.trained_agent and args.optimize_hyperparameters:
@@ -340,12 +377,13 @@ class _Options:
         _check_conf_file(args.conf_file)
         _check_writable("--log-folder", args.log_folder)
         if args.storage is not None:
-            reads = not args.optimize_hyperparameters and args.storage.endswith(".log")
-            if reads and not os.path.isfile(args.storage):
+            database = args.storage.removeprefix("sqlite:///")
+            of_file = args.storage.endswith(".log") or database != args.storage
+            if of_file and not args.optimize_hyperparameters and not os.path.isfile(database.partition("?")[0]):
                 # Optuna would make it
                 raise UserError(f"argument --storage: {args.storage!r} is not there")
             storage = open_storage(args.storage)
-            if args.study_name is not None and not args.optimize_hyperparameters:
+            if args.study_name is not None and (args.trial_id is not None or not args.optimize_hyperparameters):
                 _check_trial(args, storage)
         return args
 
@@ -426,7 +464,7 @@ def _check_safe(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 def _resumed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """The arguments that the run was started with."""
-    given = sorted(name for name, value in vars(args).items() if value != parser.get_default(name))
+    given = sorted(_given(parser))
     refused = [name for name in given if name not in _RESUME_OPTIONS]
     if refused:
         raise UserError(
@@ -457,6 +495,18 @@ def _resumed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpa
     # What the run began with is in its checkpoint
     merged["trained_agent"] = ""
     return argparse.Namespace(**merged)
+
+
+def _given(parser: argparse.ArgumentParser) -> set[str]:
+    """Names of what is on the command line, also where it is the default's value."""
+    defaults = {action: action.default for action in parser._actions}
+    try:
+        for action in defaults:
+            action.default = argparse.SUPPRESS
+        return set(vars(parser.parse_args()))
+    finally:
+        for action, default in defaults.items():
+            action.default = default
 
 
 def _check_env(args: argparse.Namespace) -> None:
@@ -494,7 +544,8 @@ def _choose_conf_file(args: argparse.Namespace) -> None:
         if args.algo in ALGORITHMS:
             args.conf_file = str(hyperparams_file(args.algo))
         return
-    if not os.path.exists(args.conf_file):
+    # A folder of that name is a package at most
+    if not os.path.isfile(args.conf_file):
         try:
             args.conf_file = str(hyperparams_file(args.conf_file))
         except FileNotFoundError as error:
@@ -568,6 +619,97 @@ def _check_plotted(args: argparse.Namespace, argument: str, folders: list[str], 
             )
 
 
+def _folders(args: argparse.Namespace, folders: list[str], algorithms: list[str]) -> Iterator[tuple[str, str, list[Path]]]:
+    """The environments, what was run in them, and the runs as rl_zoo3 finds them."""
+    for env in args.env:
+        for folder in folders:
+            for name in algorithms:
+                runs = [run for run in sorted(Path(folder, name.lower()).glob("*")) if env in run.name and run.is_dir()]
+                yield env, f"{name} in {folder}", runs
+
+
+def _check_episodes(args: argparse.Namespace) -> None:
+    """
+    Refuse runs of which rl_zoo3 would draw no curve: with fewer episodes than the window has, or without successes.
+
+    :param args: Arguments of plot_train
+    """
+    column = {"success": "is_success", "reward": "r", "length": "l"}[args.y_axis]
+    for env, where, runs in _folders(args, [args.exp_folder], [args.algo]):
+        longest, columns = 0, set()
+        for run in runs:
+            with contextlib.suppress(LoadMonitorResultsError):
+                frame = shims.load_results(str(run))
+                longest = max(longest, len(frame))
+                columns |= set(frame.columns)
+        if longest < args.episode_window:
+            raise UserError(
+                f"argument --episode-window: {args.episode_window} episodes are averaged, and no run of {env!r} by {where} "
+                f"has more than {longest}"
+            )
+        if column not in columns:
+            raise UserError(
+                f"argument --y-axis: no run of {env!r} by {where} has successes in its monitor file (monitor_kwargs in its "
+                "hyperparameters names them)"
+            )
+
+
+def _check_evaluations(args: argparse.Namespace) -> None:
+    """
+    Refuse runs of which rl_zoo3 would write 0.0 into the table, since it takes two evaluations or more.
+
+    :param args: Arguments of all_plots
+    """
+    if args.labels is not None and len(args.labels) != len(args.exp_folders):
+        raise UserError(f"argument --labels: {len(args.exp_folders)} folders need as many labels, got {len(args.labels)}")
+    for env, where, runs in _folders(args, args.exp_folders, args.algos):
+        longest, earliest, keys = 0, math.inf, set()
+        for run in runs:
+            file = run / "evaluations.npz"
+            if file.is_file():
+                with np.load(file) as log:
+                    steps, found = log["timesteps"], set(log.files)
+                longest = max(longest, len(steps))
+                earliest = min(earliest, steps[0])
+                keys |= found
+        if runs and longest < 2:
+            raise UserError(
+                f"argument --env: no run of {env!r} by {where} has two evaluations, which all_plots needs (the option "
+                "--eval-freq of the training)"
+            )
+        if runs and args.key not in keys:
+            raise UserError(f"argument --key: must be one of {', '.join(sorted(keys))}, got {args.key!r} ({where})")
+        if args.max_timesteps < earliest < math.inf:
+            raise UserError(
+                f"argument --max-timesteps: must be at least {earliest}, the first evaluation of {env!r}, got "
+                f"{args.max_timesteps}"
+            )
+        if not runs:
+            print(f"No run of {env} by {where}: the table has 0.0 there", file=sys.stderr)
+
+
+def _check_filmed(args: argparse.Namespace) -> None:
+    """
+    Refuse a training without a model, and to empty a folder that has other things than the videos of a training.
+
+    :param args: Arguments of record_training
+    """
+    run = Path(args.folder, args.algo)
+    if args.exp_id >= 0:
+        number = args.exp_id or get_latest_run_id(str(run), args.env)
+        run = run / f"{args.env}_{number}"
+    models = [f"{args.env}.zip", "best_model.zip"]
+    if not any(path.name in models or path.name.startswith("rl_model_") for path in run.glob("*.zip")):
+        raise UserError(f"argument --env: {str(run)!r} has no model to film")
+    if args.output_folder is not None and os.path.isdir(args.output_folder):
+        others = [name for name in sorted(os.listdir(args.output_folder)) if not re.match(_VIDEOS, name)]
+        if others:
+            raise UserError(
+                f"argument --output-folder: {args.output_folder!r} would be emptied, and holds other things than such videos: "
+                f"{', '.join(others)}"
+            )
+
+
 def _check_runs(name: str) -> None:
     """
     Refuse a file of all_plots with single runs only, of which rl_zoo3's plot_from_file can make nothing.
@@ -604,6 +746,10 @@ def _check_trial(args: argparse.Namespace, storage: Any) -> None:
         raise UserError(f"argument --study-name: no study {args.study_name!r} in the storage; there: {there}")
     if args.trial_id is None:
         raise UserError("argument --trial-id: which trial of the study shall be trained? (or -optimize to work on the study)")
-    number = len(optuna.load_study(study_name=args.study_name, storage=storage).trials)
-    if not 0 <= args.trial_id < number:
-        raise UserError(f"argument --trial-id: study {args.study_name!r} has trials 0 to {number - 1}, got {args.trial_id}")
+    trials = optuna.load_study(study_name=args.study_name, storage=storage).trials
+    if not 0 <= args.trial_id < len(trials):
+        there = f"trials 0 to {len(trials) - 1}" if trials else "no trials"
+        raise UserError(f"argument --trial-id: study {args.study_name!r} has {there}, got {args.trial_id}")
+    trial = trials[args.trial_id]
+    if not trial.params:
+        raise UserError(f"argument --trial-id: trial {args.trial_id} ({trial.state.name.lower()}) has no hyperparameters")

@@ -5,11 +5,13 @@ import difflib
 import inspect
 import math
 import os
+import pickle
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import optuna
 import yaml
@@ -23,13 +25,15 @@ from rl_zoo3.hyperparams_opt import HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import ConvertCallback
+from stable_baselines3.common.logger import configure
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from sb3_qsm.common.checkpoint import CHECKPOINT_NAME, RunCheckpointCallback, resume
+from sb3_qsm.common.checkpoint import CHECKPOINT_NAME, RunCheckpointCallback, read_info, resume
 from sb3_qsm.qsm.qsm import CosineDecay
-from sb3_qsm.zoo.errors import UserError
+from sb3_qsm.zoo.errors import SETUP_MISTAKES, TRACEBACK_HINT, UserError
 from sb3_qsm.zoo.registry import ALGORITHMS
 from sb3_qsm.zoo.storage import experimental, fail_dead_trials, mark_worker, studies_with_heartbeat
 
@@ -106,11 +110,29 @@ class ZooExperimentManager(ExperimentManager):
             raise UserError(
                 f"argument --trial-id: trial {self.trial_id} is not one of {self.algo}: it has no {error}"
             ) from error
+        self._keep_normalization(hyperparams, saved)
         if self.algo in ALGORITHMS:
             known = {*_ZOO_NAMES, *constructor_arguments(ALGOS[self.algo]).difference(_COMMAND_LINE_NAMES)}
             check_names(f"hyperparameter of {self.algo}", hyperparams, known, f" (from {self.config} and -params)")
             self._check_needed(hyperparams)
         return hyperparams, saved
+
+    def _keep_normalization(self, hyperparams: dict[str, Any], saved: dict[str, Any]) -> None:
+        """
+        Write into the configuration how the agent that is trained on was normalized. rl_zoo3 normalizes so, but then neither
+        saves the statistics with the run nor knows of them when the run is played or goes on.
+        """
+        path = Path(self.trained_agent).parent / self.env_name / "vecnormalize.pkl"
+        if not self.trained_agent or not path.is_file():
+            return
+        try:
+            # As trustworthy as the agent beside it
+            stats: VecNormalize = pickle.loads(path.read_bytes())
+            names = ("norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon", "norm_obs_keys")
+            settings = ", ".join(f"{name}={getattr(stats, name)!r}" for name in names)
+        except (pickle.UnpicklingError, EOFError, AttributeError) as error:
+            raise UserError(f"argument --trained-agent: {str(path)!r} beside it is damaged: {error}") from error
+        hyperparams["normalize"] = saved["normalize"] = f"dict({settings})"
 
     def _check_needed(self, hyperparams: dict[str, Any]) -> None:
         """Refuse hyperparameters without what rl_zoo3 needs, and make numbers of what YAML takes for text."""
@@ -175,9 +197,11 @@ class ZooExperimentManager(ExperimentManager):
         """
         try:
             return super().setup_experiment()
-        except BaseException:
+        except BaseException as error:
             if self._made_folder:
                 shutil.rmtree(self.save_path, ignore_errors=True)
+            if isinstance(error, SETUP_MISTAKES):
+                raise UserError(f"{type(error).__name__}: {error}{TRACEBACK_HINT}") from error
             raise
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
@@ -226,6 +250,9 @@ class ZooExperimentManager(ExperimentManager):
             hint = "argument --resume: " if self.run_folder is not None else ""
             again = "" if hint else ": start it again for a run of its own"
             raise UserError(f"{hint}another process is still training in {self.save_path!r}{again}") from error
+        if not self.callbacks:
+            # rl_zoo3 ends the first callback once more, also after an error or an interrupt, when a checkpoint must not change
+            self.callbacks.append(ConvertCallback(None))
         self.callbacks.append(RunCheckpointCallback(self.args.checkpoint_freq, self.save_path, self.verbose))
 
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
@@ -254,11 +281,20 @@ class ZooExperimentManager(ExperimentManager):
         :param model: The model
         """
         if self.run_folder is None:
-            super().learn(model)
+            try:
+                super().learn(model)
+            except Exception:
+                if self._made_folder and getattr(model, "_n_updates", 1) == 0:
+                    # Nothing was learned, and what there is would be taken for a run
+                    if self.lock is not None:
+                        self.lock.release()
+                    shutil.rmtree(self.save_path, ignore_errors=True)
+                raise
             return
         total = self.n_timesteps
         self.n_timesteps = max(total - model.num_timesteps, 0)
-        super().learn(_Continued(model))  # type: ignore[arg-type]
+        log = read_info(self.run_folder).get("log")
+        super().learn(_Continued(model, log))  # type: ignore[arg-type]
         self.n_timesteps = total
 
     def save_trained_model(self, model: BaseAlgorithm) -> None:
@@ -344,14 +380,19 @@ class ZooExperimentManager(ExperimentManager):
     def _work_on_study(self) -> None:
         heartbeat: int = self.args.heartbeat
         while True:
-            with studies_with_heartbeat(heartbeat) as studies:
+            with studies_with_heartbeat(heartbeat) as studies, _interrupts() as interrupts:
                 try:
                     super().hyperparameters_optimization()
                 except ValueError as error:
                     if studies and not studies[-1].get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
                         raise UserError(f"no trial was completed: {_count_trials(studies[-1])}") from error
                     raise
-            if self.max_total_trials is None or self.storage is None or not self._lost_trials(studies[-1], heartbeat):
+            if (
+                interrupts
+                or self.max_total_trials is None
+                or self.storage is None
+                or not self._lost_trials(studies[-1], heartbeat)
+            ):
                 return
             print("Trials of a killed worker are done again")
 
@@ -366,17 +407,40 @@ class ZooExperimentManager(ExperimentManager):
             time.sleep(min(1.0, heartbeat))
 
 
-class _Continued:
-    """A model whose ``learn`` goes on counting."""
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[KeyboardInterrupt]]:
+    """Know of an interrupt of a study, which rl_zoo3 keeps to itself."""
+    real_optimize = optuna.Study.optimize
+    interrupts: list[KeyboardInterrupt] = []
 
-    def __init__(self, model: BaseAlgorithm) -> None:
+    def optimize(*args: Any, **kwargs: Any) -> None:
+        try:
+            real_optimize(*args, **kwargs)
+        except KeyboardInterrupt as interrupt:
+            interrupts.append(interrupt)
+            raise
+
+    with mock.patch.object(optuna.Study, "optimize", optimize):
+        yield interrupts
+
+
+class _Continued:
+    """A model whose ``learn`` goes on counting, and logging into the same folder of TensorBoard."""
+
+    def __init__(self, model: BaseAlgorithm, log: str | None) -> None:
         self._model = model
+        self._log = log
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def learn(self, total_timesteps: int, **kwargs: Any) -> BaseAlgorithm:
-        return self._model.learn(total_timesteps, reset_num_timesteps=False, **kwargs)
+        model = self._model
+        if model.tensorboard_log is not None and self._log is not None:
+            # SB3 would take the newest folder, which may be another run's
+            formats = ["stdout", "tensorboard"] if model.verbose >= 1 else ["tensorboard"]
+            model.set_logger(configure(os.path.join(model.tensorboard_log, self._log), formats))
+        return model.learn(total_timesteps, reset_num_timesteps=False, **kwargs)
 
 
 def constructor_arguments(cls: type[BaseAlgorithm] | type[BasePolicy]) -> set[str]:

@@ -47,6 +47,7 @@ def plot_policy() -> None:
     algorithm = ALGOS[args.algo]
     # Nothing is collected, so there need not be memory for it
     empty: dict[str, Any] = {"buffer_size": 1, "replay_buffer_class": None, "replay_buffer_kwargs": {}}
+    empty["optimize_memory_usage"] = False
     kwargs: dict[str, Any] = empty if issubclass(algorithm, OffPolicyAlgorithm) else {}
     model = algorithm.load(model_path, device=args.device, **kwargs)
     print(f"Loaded {model_path}")
@@ -63,6 +64,10 @@ def plot_policy() -> None:
         else:
             print(modes)
             figures["trajectories"] = plot_trajectories(modes, env)
+    if not figures:
+        raise UserError(
+            f"argument --algo: nothing of {args.algo} can be drawn but its episodes (-n), in tasks that report modes"
+        )
     folder = Path(args.output) if args.output else Path(log_path) / "plots"
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():

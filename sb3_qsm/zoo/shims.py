@@ -6,6 +6,7 @@ Every shim has a test that fails once rl_zoo3 no longer needs it.
 
 import contextlib
 import importlib
+import inspect
 import os
 import shutil
 import subprocess
@@ -19,7 +20,10 @@ from unittest import mock
 import huggingface_sb3  # type: ignore[import-untyped]
 import requests
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from rl_zoo3.utils import ALGOS
+from huggingface_sb3 import EnvironmentName
+from rl_zoo3 import utils
+from rl_zoo3.utils import ALGOS, get_trained_models
+from stable_baselines3.common import monitor
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_qsm.common.safe import SUFFIX, load_safe
@@ -68,24 +72,58 @@ def load_from_hub(repo_id: str, filename: str) -> str:
 
 
 @contextlib.contextmanager
-def own_subprocesses() -> Iterator[None]:
+def own_subprocesses(gym_packages: list[str]) -> Iterator[None]:
     """
     Let the processes that rl_zoo3 starts know this package's algorithms.
 
     ``rl_zoo3.record_training`` starts ``python -m rl_zoo3.record_video``; ``rl_zoo3.benchmark`` starts ``python enjoy.py``,
     which exists in rl_zoo3's checkout only. Both become ``python -m sb3_qsm``, run by this interpreter.
+
+    :param gym_packages: Packages with environments that they shall know, filled in when the arguments are read
     """
     real_call = subprocess.call
 
     def call(command: Any, *args: Any, **kwargs: Any) -> int:
+        packages = ["--gym-packages", *gym_packages] if gym_packages else []
         match command:
             case ["python", "-m", str(module), *rest] if module.startswith("rl_zoo3."):
-                command = [sys.executable, "-m", "sb3_qsm", module.removeprefix("rl_zoo3."), *rest]
+                command = [sys.executable, "-m", "sb3_qsm", module.removeprefix("rl_zoo3."), *rest, *packages]
             case ["python", "enjoy.py", *rest]:
-                command = [sys.executable, "-m", "sb3_qsm", "enjoy", *rest]
+                rest = [argument.gym_id if isinstance(argument, EnvironmentName) else argument for argument in rest]
+                command = [sys.executable, "-m", "sb3_qsm", "enjoy", *rest, *packages]
         return real_call(command, *args, **kwargs)
 
     with mock.patch.object(subprocess, "call", call):
+        yield
+
+
+@contextlib.contextmanager
+def names_of_folders() -> Iterator[None]:
+    """Let ``rl_zoo3.benchmark`` find the runs of environments with a slash in their names, which their folders lack."""
+
+    def named(log_folder: str) -> dict[str, tuple[str, str]]:
+        return {name: (algo, EnvironmentName(env)) for name, (algo, env) in get_trained_models(log_folder).items()}
+
+    with mock.patch.object(utils, "get_trained_models", named):
+        yield
+
+
+def load_results(path: str) -> Any:
+    """
+    Episodes of the monitor files, with the successes under SB3's name; the mazes of gymnasium-robotics call them ``success``.
+
+    :param path: Folder
+    :return: Data frame
+    """
+    frame = monitor.load_results(path)
+    return frame if "is_success" in frame else frame.rename(columns={"success": "is_success"})
+
+
+@contextlib.contextmanager
+def success_of_goal_tasks() -> Iterator[None]:
+    """Let ``plot_train -y success`` find it under both names."""
+    plot_train = importlib.import_module("rl_zoo3.plots.plot_train")
+    with mock.patch.object(plot_train, "load_results", load_results):
         yield
 
 
@@ -131,6 +169,8 @@ def _load_player(cls: type[OffPolicyAlgorithm], *args: Any, **kwargs: Any) -> Of
     if Path(args[0]).suffix == f".{SUFFIX}":
         kwargs.pop("custom_objects", None)
         without_buffer = {"replay_buffer_class": None, "replay_buffer_kwargs": None, "optimize_memory_usage": False}
+        taken = inspect.signature(algorithm).parameters
+        without_buffer = {name: value for name, value in without_buffer.items() if name in taken}
         player = load_safe(algorithm, *args, **{"buffer_size": 1, **without_buffer, **kwargs})
         return player
     player = algorithm.load(*args, **{"buffer_size": 1, **kwargs})

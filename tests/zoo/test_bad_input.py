@@ -4,6 +4,7 @@ import difflib
 import os
 import shutil
 
+import numpy as np
 import optuna
 import pytest
 
@@ -143,7 +144,50 @@ BAD = {
         ["train", *PENDULUM, *HERE, "--storage", "{tmp}/other.log", "--study-name", "study", "--trial-id", "1"],
         ["--storage", "other.log' is not there"],
     ),
-    "unknown trial": (["train", *PENDULUM, *HERE, *STUDY, "--trial-id", "7"], ["--trial-id", "trials 0 to 1, got 7"]),
+    "missing database": (
+        ["train", *PENDULUM, *HERE, "--storage", "sqlite:///{tmp}/none.db", "--study-name", "study", "--trial-id", "0"],
+        ["--storage", "none.db' is not there"],
+    ),
+    "unknown trial": (["train", *PENDULUM, *HERE, *STUDY, "--trial-id", "7"], ["--trial-id", "trials 0 to 2, got 7"]),
+    "unknown trial to begin with": (
+        ["train", "-optimize", *PENDULUM, *HERE, *STUDY, "--trial-id", "7"],
+        ["--trial-id", "trials 0 to 2, got 7"],
+    ),
+    "trial that has only begun": (
+        ["train", *PENDULUM, *HERE, *STUDY, "--trial-id", "2"],
+        ["--trial-id", "trial 2 (running) has no hyperparameters"],
+    ),
+    "no evaluation of a trial": (
+        ["train", "-optimize", *PENDULUM, *HERE, "--n-evaluations", "0"],
+        ["--n-evaluations", "got 0"],
+    ),
+    "no environment of evaluations": (["train", *PENDULUM, *HERE, "--n-eval-envs", "0"], ["--n-eval-envs", ">= 1, got 0"]),
+    "unknown activation": (
+        ["train", *PENDULUM, *HERE, "-params", "policy_kwargs:dict(activation_fn=nn.SiLUU)"],
+        ["NAME:VALUE", "'SiLUU'"],
+    ),
+    "noise without its size": (["train", *PENDULUM, *HERE, "-params", "noise_type:'normal'"], ["KeyError: 'noise_std'"]),
+    "unknown noise": (
+        ["train", *PENDULUM, *HERE, "-params", "noise_type:'loud'", "noise_std:0.1"],
+        ['RuntimeError: Unknown noise type "loud"', "(SB3_QSM_TRACEBACK=1 shows where)"],
+    ),
+    "unknown wrapper": (
+        ["train", *PENDULUM, *HERE, "-params", "env_wrapper:'gymnasium.wrappers.NoSuch'"],
+        ["AttributeError", "'NoSuch'"],
+    ),
+    "wrong name of the normalization": (
+        ["train", *PENDULUM, *HERE, "-params", "normalize:'dict(nrom_obs=True)'"],
+        ["TypeError", "'nrom_obs'"],
+    ),
+    "wrong name with an algorithm of Stable-Baselines3": (
+        ["train", "--algo", "sac", *PENDULUM, *HERE, "-params", "temprature:1"],
+        ["TypeError", "'temprature'"],
+    ),
+    "configuration of another program": (["train", *PENDULUM, *HERE, "-conf", "json"], ["AttributeError", "hyperparams"]),
+    "resume with a default": (
+        ["train", "--resume", "{logs}/qsm/Pendulum-v1_1", "--seed", "-1"],
+        ["--resume", "--seed cannot be given"],
+    ),
     "trial without a storage": (["train", *PENDULUM, *HERE, "--trial-id", "0"], ["--trial-id", "--storage and --study-name"]),
     "trial without a study": (
         ["train", *PENDULUM, *HERE, "--storage", "{tmp}/journal.log", "--trial-id", "0"],
@@ -158,6 +202,22 @@ BAD = {
     "no agent": (
         ["enjoy", "--env", "MountainCarContinuous-v0", "-f", "{logs}"],
         ["No model found for qsm on MountainCarContinuous-v0"],
+    ),
+    "unknown device, playing": (
+        ["enjoy", *PENDULUM, "-f", "{logs}", "--device", "foo"],
+        ["RuntimeError", "device type", "foo"],
+    ),
+    "argument that the environment refuses, playing": (
+        ["enjoy", *PENDULUM, "-f", "{logs}", "--no-render", "--env-kwargs", "gravty:9.81"],
+        ["TypeError", "'gravty'"],
+    ),
+    "film of no training": (
+        ["record_training", "--env", "MountainCarContinuous-v0", "-f", "{logs}"],
+        ["--env", "MountainCarContinuous-v0_0' has no model to film"],
+    ),
+    "film into a folder of other things": (
+        ["record_training", *PENDULUM, "-f", "{logs}", "-o", "{tmp}"],
+        ["--output-folder", "would be emptied", "a_file"],
     ),
     "no safe file": (["enjoy", *PENDULUM, "--safe", "{tmp}/a_file"], ["--safe", "a_file", "ends in .safetensors"]),
     "safe file of something else": (
@@ -177,6 +237,31 @@ BAD = {
         ["--safe", "sac has no safe files, only qsm, ddiffpg"],
     ),
     "no agents": (["benchmark", "--log-dir", "{tmp}/nowhere", "--no-hub"], ["--log-dir", "nowhere"]),
+    "no agent in a folder": (["benchmark", "--log-dir", "{tmp}/empty", "--no-hub"], ["--log-dir", "has no trained agent"]),
+    "fewer episodes than are averaged": (
+        ["plot_train", "-e", "Pendulum-v1", "-f", "{logs}"],
+        ["--episode-window: 100", "no run of 'Pendulum-v1' by qsm in", "has more than 2"],
+    ),
+    "successes of a task without": (
+        ["plot_train", "-e", "Pendulum-v1", "-f", "{logs}", "-y", "success", "-w", "1"],
+        ["--y-axis", "monitor_kwargs"],
+    ),
+    "figures of one evaluation": (
+        ["all_plots", "-e", "Pendulum-v1", "-f", "{logs}", "{tmp}/once", "-o", "{tmp}/results"],
+        ["--env", "no run of 'Pendulum-v1' by qsm in", "once has two evaluations", "--eval-freq"],
+    ),
+    "figures of nothing that was evaluated": (
+        ["all_plots", "-e", "Pendulum-v1", "-f", "{logs}", "-k", "success"],
+        ["--key", "ep_lengths, results, timesteps, got 'success'"],
+    ),
+    "figures that end before the first evaluation": (
+        ["all_plots", "-e", "Pendulum-v1", "-f", "{logs}", "-max", "100"],
+        ["--max-timesteps", "at least 200", "got 100"],
+    ),
+    "figures with too few labels": (
+        ["all_plots", "-e", "Pendulum-v1", "-f", "{logs}", "{logs}", "-l", "one"],
+        ["--labels: 2 folders", "got 1"],
+    ),
     "no figures": (["all_plots", "-f", "{logs}"], ["-e/--env"]),
     "figure of no run": (
         ["plot_train", "-e", "Pendulum-v1", "Hoper-v5", "-f", "{logs}"],
@@ -212,6 +297,9 @@ def test_one_clear_line(cli, logs, tmp_path, monkeypatch, name):
     (tmp_path / "a.safetensors").write_text("not one")
     (tmp_path / "a_pickle.pkl").write_bytes(b"\x80\x05]\x94.")
     (tmp_path / "empty").mkdir()
+    once = tmp_path / "once" / "qsm" / "Pendulum-v1_1"
+    once.mkdir(parents=True)
+    np.savez(once / "evaluations.npz", timesteps=[200], results=[[1.0, 2.0]], ep_lengths=[[200, 200]])
     shutil.copytree(logs / "qsm" / "Pendulum-v1_1", tmp_path / "foreign")
     shutil.copy(logs / "qsm" / "Pendulum-v1_1" / "Pendulum-v1.zip", tmp_path / "foreign" / "checkpoint.zip")
     study = optuna.create_study(storage=open_storage(str(tmp_path / "journal.log")), study_name="study")
@@ -219,6 +307,7 @@ def test_one_clear_line(cli, logs, tmp_path, monkeypatch, name):
         trial = study.ask()
         trial.suggest_float("learning_rate", 0, 1)
         study.tell(trial, 1.0)
+    study.ask()
     before = {folder: contents(folder) for folder in (tmp_path, logs)}
 
     arguments, expected = BAD[name]
@@ -251,6 +340,16 @@ def test_a_run_in_progress_is_not_resumed_a_second_time(cli, tmp_path):
     assert status == 2
     assert "--resume: another process is still training in" in err.splitlines()[-1]
     assert {name: data for name, data in contents(run).items() if name != ".run.lock"} == before
+
+
+def test_a_training_that_learned_nothing_leaves_no_run(cli, tmp_path):
+    """Pendulum has no successes, which DDiffPG knows at the end of the first episode."""
+    pytest.importorskip("dtaidistance")
+    options = ("-n", 500, "-f", tmp_path / "logs", "--eval-freq", -1, "--verbose", 0, "-params", "learning_starts:400")
+    status, _, err = cli("train", "--algo", "ddiffpg", *PENDULUM, *options)
+    assert status == 1
+    assert "success" in err.splitlines()[-1]
+    assert list((tmp_path / "logs" / "ddiffpg").iterdir()) == []
 
 
 def test_numbers_that_yaml_takes_for_text(cli, tmp_path):

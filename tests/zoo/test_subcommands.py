@@ -1,6 +1,7 @@
 """Every subcommand, for real, with our algorithm."""
 
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_qsm import QSM, DDiffPG
+from sb3_qsm.common.checkpoint import read_info
 from sb3_qsm.zoo.cli import COMMANDS
 from tests.zoo.conftest import REPOSITORY, SHORT
 
@@ -159,15 +161,101 @@ def test_all_plots_and_plot_from_file(cli, logs, tmp_path):
     assert "<svg" in (tmp_path / "final.svg").read_text()
     assert {"Results_Pendulum-v1.png", "Sensitivity_plot.png"} <= {path.name for path in tmp_path.iterdir()}
 
-
-def test_benchmark_and_its_subprocess(cli, logs, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    options = ("--no-hub", "-n", 200, "--num-threads", 1)
-    status, _, err = cli("benchmark", "--log-dir", logs, "--benchmark-dir", tmp_path / "bench", *options)
+    options = ("--no-display", "--save-figures", tmp_path / "figures")
+    status, _, err = cli("all_plots", "-e", "Pendulum-v1", "-f", logs, tmp_path, *options)
     assert status == 0, err
-    rows = [line for line in (tmp_path / "benchmark.md").read_text().splitlines() if line.startswith("|qsm")]
-    assert len(rows) == 1
-    assert "Pendulum-v1" in rows[0]
+    assert f"No run of Pendulum-v1 by qsm in {tmp_path}: the table has 0.0 there" in err
+    assert iio.imread(tmp_path / "figures" / "Results_Pendulum-v1.png").std() > 5
+
+
+def test_successes_of_goal_tasks_are_plotted(cli, logs, tmp_path):
+    """The mazes of gymnasium-robotics have `success` in their info, the Fetch tasks `is_success`."""
+    for name in ("success", "is_success"):
+        run = tmp_path / name / "qsm" / "Maze-v3_1"
+        run.mkdir(parents=True)
+        rows = "".join(f"{-step},{step},{step},{step % 2}.0\n" for step in range(1, 9))
+        (run / "0.monitor.csv").write_text(f'#{{"t_start": 0.0, "env_id": "Maze-v3"}}\nr,l,t,{name}\n{rows}')
+        options = ("-w", 2, "-y", "success", "--save-figures", tmp_path / name)
+        status, _, err = cli("plot_train", "-a", "QSM", "-e", "Maze-v3", "-f", tmp_path / name, *options)
+        assert status == 0, err
+    one, other = (iio.imread(tmp_path / name / "Training_Success_Rate.png") for name in ("success", "is_success"))
+    assert (one == other).all()
+    assert one.std() > 5
+
+
+def test_a_crash_leaves_the_last_whole_checkpoint(cli, tmp_path, monkeypatch):
+    """Between two rollouts; what rl_zoo3 ends once more, after the error, is not the checkpoint."""
+    (tmp_path / "crashing_env.py").write_text(CRASHING_ENV)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ("-n", 400, "-f", tmp_path / "logs", "--eval-freq", -1, "--checkpoint-freq", 100, "--verbose", 0)
+    status, _, err = cli("train", "--env", "Crashing-v0", "--gym-packages", "crashing_env", *options, *SHORT)
+    assert status == 1
+    assert err.splitlines()[-1] == "sb3-qsm train: error: ZeroDivisionError: division by zero"
+    assert read_info(tmp_path / "logs" / "qsm" / "Crashing-v0_1")["num_timesteps"] == 200
+
+
+CRASHING_ENV = """
+import gymnasium as gym
+from gymnasium.envs.classic_control import PendulumEnv
+
+class Crashing(PendulumEnv):
+    steps = 0
+
+    def step(self, action):
+        self.steps += 1
+        self.steps == 256 and 1 / 0
+        return super().step(action)
+
+gym.register("Crashing-v0", Crashing, max_episode_steps=50)
+"""
+
+
+def test_a_resumed_run_logs_and_talks_as_it_is_told(cli, tmp_path):
+    """Into its own folder of TensorBoard, which is not the newest, and with an option that is the default's value."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    common = ("--env", "Pendulum-v1", "-f", tmp_path / "logs", "-tb", tmp_path / "tb", "--eval-freq", -1, "--log-interval", 1)
+    for _ in range(2):
+        status, _, err = cli("train", *common, "-n", 210, "--verbose", 0, "--keep-checkpoint", *SHORT)
+        assert status == 0, err
+    run = tmp_path / "logs" / "qsm" / "Pendulum-v1_1"
+    # As if the run had been killed half-way
+    for name in ("args", "config"):
+        file = run / "Pendulum-v1" / f"{name}.yml"
+        file.write_text(re.sub(r"(n_timesteps\s*- )\d+", r"\g<1>450", file.read_text()))
+    status, _, err = cli("train", "--resume", run, "--device", "foo")
+    assert status == 2
+    assert "argument --device: " in err
+    status, out, err = cli("train", "--resume", run, "--verbose", 1)
+    assert status == 0, err
+    assert "Using 1 environments" in out
+    steps = []
+    for number in (1, 2):
+        events = accumulator.EventAccumulator(str(tmp_path / "tb" / "Pendulum-v1" / f"QSM_{number}")).Reload()
+        steps.append([event.step for event in events.Scalars("rollout/ep_rew_mean")])
+    assert steps == [[200, 410], [200]]
+
+
+def test_an_agent_with_statistics_is_trained_on_resumed_and_played(cli, tmp_path):
+    common = ("--env", "Pendulum-v1", "-f", tmp_path, "--eval-freq", -1, "--verbose", 0)
+    status, _, err = cli("train", *common, "-n", 160, *SHORT, "normalize:dict(norm_reward=False,clip_obs=4.0)")
+    assert status == 0, err
+    first, second = (tmp_path / "qsm" / f"Pendulum-v1_{number}" for number in (1, 2))
+    options = ("-n", 60, "--keep-checkpoint", "-i", first / "Pendulum-v1.zip")
+    status, _, err = cli("train", *common, *options)
+    assert status == 0, err
+    (second / "Pendulum-v1" / "vecnormalize.pkl").rename(tmp_path / "before.pkl")
+    status, _, err = cli("train", "--resume", second)
+    assert status == 0, err
+    stats = []
+    for path in (first / "Pendulum-v1" / "vecnormalize.pkl", tmp_path / "before.pkl", second / "Pendulum-v1/vecnormalize.pkl"):
+        stats.append(pickle.loads(path.read_bytes()))
+        assert (stats[-1].clip_obs, stats[-1].norm_reward) == (4.0, False)
+    counts = [one.obs_rms.count for one in stats]
+    assert counts[1] == counts[0] + 61
+    assert counts[2] == counts[1] + 1  # the first state of an episode
+    status, out, err = cli("enjoy", "--env", "Pendulum-v1", "-f", tmp_path, "--no-render", "-n", 10)
+    assert status == 0, err
+    assert "'clip_obs': 4.0" in out
 
 
 class Hub:
@@ -248,7 +336,16 @@ def test_plot_policy(cli, logs, tmp_path):
     assert err == "sb3-qsm plot_policy: error: argument -n/--n-episodes: must be an integer >= 0, got -1\n"
 
 
-def test_plot_policy_in_an_environment_with_modes(cli, tmp_path):
+def test_plot_policy_of_an_agent_with_a_small_memory(cli, tmp_path):
+    memory = ("optimize_memory_usage:True", "replay_buffer_kwargs:dict(handle_timeout_termination=False)")
+    common = ("--env", "Pendulum-v1", "-f", tmp_path)
+    status, _, err = cli("train", *common, "-n", 160, "--eval-freq", -1, "--verbose", 0, *SHORT, *memory)
+    assert status == 0, err
+    status, _, err = cli("plot_policy", *common, "-n", 0)
+    assert status == 0, err
+
+
+def test_benchmark_and_pictures_in_an_environment_with_modes(cli, tmp_path, monkeypatch):
     env = "sb3_qsm/NGoalPoint-v0"
     options = ("-n", 200, "-f", tmp_path, "--eval-freq", -1, "--verbose", 0, "--env-kwargs", "n_goals:3")
     status, _, err = cli("train", "--env", env, *options, *SHORT)
@@ -258,6 +355,15 @@ def test_plot_policy_in_an_environment_with_modes(cli, tmp_path):
     assert "3 episodes, success rate" in out
     (picture,) = tmp_path.glob("qsm/*/plots/trajectories.png")
     assert iio.imread(picture).std() > 10
+
+    monkeypatch.chdir(tmp_path)
+    options = ("--no-hub", "-n", 200, "--num-threads", 1)
+    status, out, err = cli("benchmark", "--log-dir", tmp_path, "--benchmark-dir", tmp_path / "bench", *options)
+    assert status == 0, err
+    assert "trying to download" not in out
+    rows = [line for line in (tmp_path / "benchmark.md").read_text().splitlines() if line.startswith("|qsm")]
+    assert len(rows) == 1
+    assert "NGoalPoint-v0" in rows[0]
 
 
 def test_ddiffpg_from_training_to_resuming(cli, tmp_path):
@@ -272,6 +378,10 @@ def test_ddiffpg_from_training_to_resuming(cli, tmp_path):
     model = DDiffPG.load(next(run.glob("*Point-v0.zip")), env=None)
     assert (model.target_action_steps, model.num_timesteps) == (5, 60)
     status, out, err = cli("enjoy", *common, "--no-render", "-n", 30)
+    assert status == 0, err
+    DDiffPG.load(next(run.glob("*Point-v0.zip")), env=None).save_safe(tmp_path / "point")
+    options = ("--algo", "ddiffpg", "--env", "sb3_qsm/NGoalPoint-v0", "--safe", tmp_path / "point.safetensors")
+    status, out, err = cli("enjoy", *options, "--no-render", "-n", 30)
     assert status == 0, err
     status, out, err = cli("train", "--resume", run)
     assert status == 0, err

@@ -4,6 +4,8 @@ import csv
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import export_study
@@ -374,6 +376,28 @@ def test_a_sample_that_does_not_go_with_what_is_given_is_pruned(cli, tmp_path):
         r"Trial \d+ pruned: sampling_steps must be None or an integer from 1 to diffusion_steps=\d+, got 10", out
     )
     assert 1 <= len(pruned) <= 5
+
+
+def test_an_interrupt_ends_a_study_with_trials_of_dead_workers(cli, tmp_path, monkeypatch):
+    from rl_zoo3.exp_manager import ExperimentManager
+
+    from sb3_qsm.zoo.storage import this_machine
+
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    study = optuna.create_study(study_name="study", storage=open_storage(str(tmp_path / "journal.log")), direction="maximize")
+    study.tell(study.ask(), 1.0)
+    study.ask().set_user_attr("worker", {"machine": this_machine(), "host": "here", "pid": gone.pid})
+    begun = []
+
+    def interrupted(self, trial):
+        begun.append(trial.number)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ExperimentManager, "objective", interrupted)
+    options = ("--storage", tmp_path / "journal.log", "--study-name", "study", "--max-total-trials", 5, "--no-optim-plots")
+    cli("train", "--env", "Pendulum-v1", "-f", tmp_path / "logs", "-optimize", *options)
+    assert begun == [2]
 
 
 def test_trials_of_living_workers_are_left_alone(tmp_path):

@@ -181,6 +181,14 @@ def test_shim_subprocesses():
     assert '["python", "enjoy.py"' in source("benchmark")
 
 
+def test_shim_names_of_folders():
+    assert 'log_path = os.path.join(args.log_dir, algo, f"{env_id}_{exp_id}", env_id)' in source("benchmark")
+
+
+def test_shim_success_of_goal_tasks():
+    assert '"success": "is_success"' in source("plots.plot_train")
+
+
 def test_shim_ffmpeg():
     assert 'os.system(f"ffmpeg -f concat' in source("record_training")
 
