@@ -8,6 +8,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -299,6 +300,24 @@ def test_size_is_that_of_what_was_written(tmp_path):
     again = resume(QSM, tmp_path, make_env("defaults"))
     assert again.replay_buffer.observations.shape == (1_000_000, 1, 3)
     assert np.array_equal(again.replay_buffer.observations[:31], model.replay_buffer.observations[:31])
+
+
+def test_environments_in_processes_of_their_own_need_no_monitor(tmp_path):
+    def make():
+        return SubprocVecEnv([lambda: gym.make("Pendulum-v1")] * 2)
+
+    env = make()
+    try:
+        QSM("MlpPolicy", env, **small()).learn(30, callback=RunCheckpointCallback(10, tmp_path))
+    finally:
+        env.close()
+    env = make()
+    try:
+        model = resume(QSM, tmp_path, env)
+        model.learn(10, reset_num_timesteps=False, callback=RunCheckpointCallback(10, tmp_path))
+    finally:
+        env.close()
+    assert read_info(tmp_path)["num_timesteps"] == 40
 
 
 INTERVAL = 100

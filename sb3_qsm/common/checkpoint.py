@@ -313,10 +313,7 @@ def _restore_global_rng(state: dict[str, Any]) -> None:
 
 def _env_rng(env: VecEnv) -> list[Any] | None:
     """Generators of the environments, which draw their next start states, or None where an environment has none to give."""
-    try:
-        return env.get_attr("np_random")
-    except (AttributeError, NotImplementedError, TypeError):
-        return None
+    return _attributes(env, "np_random")
 
 
 def _restore_env_rng(env: VecEnv, generators: list[Any] | None) -> None:
@@ -333,9 +330,16 @@ def _restore_env_rng(env: VecEnv, generators: list[Any] | None) -> None:
 
 def _monitor_elapsed(env: VecEnv) -> list[float] | None:
     """Seconds that the Monitor of each environment has counted."""
+    starts = _attributes(env, "t_start")
+    return None if starts is None else [time.time() - start for start in starts]
+
+
+def _attributes(env: VecEnv, name: str) -> list[Any] | None:
+    """An attribute of all environments, or None where one has it not."""
     try:
-        return [time.time() - start for start in env.get_attr("t_start")]
-    except (AttributeError, NotImplementedError):
+        # Asked first: an environment in a process of its own would end with the error
+        return env.get_attr(name) if env.has_attr(name) else None
+    except (AttributeError, NotImplementedError, TypeError):
         return None
 
 
