@@ -12,7 +12,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_qsm import QSM
-from sb3_qsm.common.policies import set_mode
+from sb3_qsm.common.policies import DiffusionActor, DiffusionPolicy, set_mode
 from sb3_qsm.diffusion import NOISE_SCHEDULES, SAMPLERS
 from tests.test_run import BOX, DummyEnv
 
@@ -377,3 +377,32 @@ def test_mode_of_all_modules_is_set():
         set_mode(module, mode)
         found = [each.training for each in module.modules()]
         assert found == [each.training for each in module.train(mode).modules()] == [mode] * 4 + [False]
+
+
+class ConstantActor(DiffusionActor):
+    def forward(self, obs, deterministic=False):
+        return th.full((len(obs), self.action_dim), 0.5)
+
+
+class ConstantPolicy(DiffusionPolicy):
+    def make_actor(self, features_extractor=None):
+        return ConstantActor(**self._update_features_extractor(self.actor_kwargs, features_extractor)).to(self.device)
+
+
+def test_forward_of_an_actor_of_ones_own_acts():
+    model = QSM(ConstantPolicy, gym.make("Pendulum-v1"), buffer_size=10, device="cpu")
+    low, high = model.action_space.low, model.action_space.high
+    for deterministic in (False, True):
+        action, _ = model.predict(model.observation_space.sample(), deterministic=deterministic)
+        np.testing.assert_allclose(action, low + 0.75 * (high - low), rtol=1e-6)
+
+
+def test_hooks_of_the_actor_are_called():
+    model, calls = make_model(), []
+    handle = model.actor.register_forward_hook(lambda *args: calls.append(args))
+    observation = model.observation_space.sample()
+    model.predict(observation)
+    assert len(calls) == 1
+    handle.remove()
+    model.predict(observation)
+    assert len(calls) == 1

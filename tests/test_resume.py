@@ -302,6 +302,16 @@ def test_size_is_that_of_what_was_written(tmp_path):
     assert np.array_equal(again.replay_buffer.observations[:31], model.replay_buffer.observations[:31])
 
 
+def test_first_random_actions_go_on(tmp_path):
+    whole = QSM("MlpPolicy", make_env("defaults"), **small(learning_starts=100, seed=0)).learn(40)
+    QSM("MlpPolicy", make_env("defaults"), **small(learning_starts=100, seed=0)).learn(
+        20, callback=RunCheckpointCallback(20, tmp_path)
+    )
+    model = resume(QSM, tmp_path, make_env("defaults"))
+    model.learn(20, reset_num_timesteps=False)
+    np.testing.assert_array_equal(model.replay_buffer.actions[:40], whole.replay_buffer.actions[:40])
+
+
 def test_environments_in_processes_of_their_own_need_no_monitor(tmp_path):
     def make():
         return SubprocVecEnv([lambda: gym.make("Pendulum-v1")] * 2)

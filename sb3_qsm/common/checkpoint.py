@@ -142,6 +142,8 @@ def save_checkpoint(
     state = {
         "global_rng": _global_rng_state(),
         "env_rng": _env_rng(model.env),
+        # It draws the actions of the first steps
+        "action_rng": model.action_space.np_random,
         "callbacks": _callback_states(callback),
         "monitor_files": {os.path.basename(file): os.path.getsize(file) for file in get_monitor_files(str(folder))},
         "monitor_elapsed": _monitor_elapsed(model.env),
@@ -213,6 +215,8 @@ def resume(
         vars(vec_normalize).update(state["normalize_stats"])
     _restore_env_rng(model.env, state["env_rng"])
     _restore_global_rng(state["global_rng"])
+    if "action_rng" in state:  # not in files of older versions
+        model.action_space._np_random = state["action_rng"]
     return model
 
 

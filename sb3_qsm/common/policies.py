@@ -594,8 +594,10 @@ class DiffusionPolicy(BasePolicy):
             features = actor.features(observation)
             latents = actor.draw_latents(features.shape[0], deterministic, self.best_of_n)
             return self._best_of_n(actor, observation, features, *latents)
-        if th.is_grad_enabled():
-            return actor.forward(observation, deterministic)
+        own = type(actor).forward is not DiffusionActor.forward or actor._forward_hooks or actor._forward_pre_hooks
+        if th.is_grad_enabled() or own:
+            actions: th.Tensor = actor(observation, deterministic)
+            return actions
         features = actor.features(observation)
         # Operations cost less without autograd's bookkeeping; the copy is an ordinary tensor again. The features extractor may
         # keep tensors of its own for the updates, so it is left out
