@@ -121,8 +121,8 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         deterministic given the latent
     :param sampling_temperature: Factor on the noise of the reverse process
     :param target_policy_noise: Standard deviation of the Gaussian noise added to the next action in the critic's target
-    :param exploration_noise: Standard deviation of the Gaussian noise added to the scaled actions while collecting; as SB3 does
-        with ``action_noise``, it is added to the random ones until ``learning_starts`` too
+    :param exploration_noise: Standard deviation of the Gaussian noise added to the scaled actions while collecting; as SB3
+        does with ``action_noise``, it is added to the random ones until ``learning_starts`` too
     :param exploration_initial_eps: Probability that an action is uniformly random instead, at step 0; it falls linearly to
         zero. Until ``learning_starts`` all actions are random anyway
     :param exploration_decay_steps: Environment step at which that probability is zero

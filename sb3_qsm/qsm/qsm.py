@@ -125,8 +125,8 @@ class QSM(OfflineTraining):
         ``tau``, faster at first. What is collected are actions of the actor itself
     :param sampling_steps: Number of steps to act in, at most T, by DDIM on evenly spaced ones of the T; by default the whole
         chain of ``sampler``. The critic's target always takes the whole chain
-    :param exploration_noise: Standard deviation of the Gaussian noise added to the scaled actions while collecting; as SB3 does
-        with ``action_noise``, it is added to the random ones until ``learning_starts`` too
+    :param exploration_noise: Standard deviation of the Gaussian noise added to the scaled actions while collecting; as SB3
+        does with ``action_noise``, it is added to the random ones until ``learning_starts`` too
     :param exploration_initial_eps: Probability that an action is uniformly random instead, at step 0; it falls linearly to
         zero. Until ``learning_starts`` all actions are random anyway
     :param exploration_decay_steps: Environment step at which that probability is zero
