@@ -106,11 +106,15 @@ class CriticLoss(nn.Module):
     :param actor: Diffusion actor
     :param critic: Critics
     :param critic_target: Target critics
+    :param sampling_steps: Number of DDIM steps in which a' is drawn, at most T; None for the whole chain of the actor's sampler
     """
 
-    def __init__(self, actor: DiffusionActor, critic: QCritic, critic_target: QCritic) -> None:
+    def __init__(
+        self, actor: DiffusionActor, critic: QCritic, critic_target: QCritic, sampling_steps: int | None = None
+    ) -> None:
         super().__init__()
         self.actor, self.critic, self.critic_target = actor, critic, critic_target
+        self.sampling_steps = sampling_steps
 
     @th.no_grad()
     def next_actions(
@@ -124,7 +128,7 @@ class CriticLoss(nn.Module):
         :param target_policy_noise: Standard deviation of the noise on the action, None for no noise
         :return: Scaled actions, shape ``(batch, action_dim)``
         """
-        next_actions = self.actor.sample(next_features, noise.latent, noise.chain)
+        next_actions = self.actor.sample(next_features, noise.latent, noise.chain, self.sampling_steps)
         if target_policy_noise is not None:
             next_actions = (next_actions + target_policy_noise * noise.target).clamp(-1.0, 1.0)
         return next_actions

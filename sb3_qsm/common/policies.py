@@ -29,16 +29,17 @@ from sb3_qsm.diffusion.networks import mlp, xavier_init
 SelfDiffusionPolicy = TypeVar("SelfDiffusionPolicy", bound="DiffusionPolicy")
 
 
-def check_sampling_steps(value: Any, diffusion_steps: int) -> None:
+def check_sampling_steps(value: Any, diffusion_steps: int, name: str = "sampling_steps") -> None:
     """
-    :param value: Number of DDIM steps to act in, or None
+    :param value: Number of DDIM steps, or None
     :param diffusion_steps: Number of diffusion steps T
+    :param name: Name of the argument
     :raises ValueError: if it is neither None nor an integer from 1 to T
     """
     integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if value is not None and not (integer and 1 <= value <= diffusion_steps):
         raise ValueError(
-            f"sampling_steps must be None or an integer from 1 to diffusion_steps={diffusion_steps}, got {value!r}"
+            f"{name} must be None or an integer from 1 to diffusion_steps={diffusion_steps}, got {value!r}"
         )
 
 

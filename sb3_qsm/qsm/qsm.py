@@ -124,7 +124,9 @@ class QSM(OfflineTraining):
     :param actor_ema: Whether to act deterministically by a moving average of the actor's weights, which follows them by
         ``tau``, faster at first. What is collected are actions of the actor itself
     :param sampling_steps: Number of steps to act in, at most T, by DDIM on evenly spaced ones of the T; by default the whole
-        chain of ``sampler``. The critic's target always takes the whole chain
+        chain of ``sampler``
+    :param target_sampling_steps: The same for the next actions of the critics' target, from which ``policy_samples`` are taken
+        too: each step that is left out makes every gradient step cheaper
     :param exploration_noise: Standard deviation of the Gaussian noise added to the scaled actions while collecting; as SB3
         does with ``action_noise``, it is added to the random ones until ``learning_starts`` too
     :param exploration_initial_eps: Probability that an action is uniformly random instead, at step 0; it falls linearly to
@@ -189,6 +191,7 @@ class QSM(OfflineTraining):
         best_of_n: int = 1,
         actor_ema: bool = True,
         sampling_steps: int | None = None,
+        target_sampling_steps: int | None = None,
         exploration_noise: float = 0.1,
         exploration_initial_eps: float = 0.5,
         exploration_decay_steps: int = 10_000,
@@ -247,6 +250,7 @@ class QSM(OfflineTraining):
         self.best_of_n = best_of_n
         self.actor_ema = actor_ema
         self.sampling_steps = sampling_steps
+        self.target_sampling_steps = target_sampling_steps
         self.compile = compile
         self.precision = precision
 
@@ -312,7 +316,8 @@ class QSM(OfflineTraining):
             twice = sorted({"n_steps", "gamma"} & set(self.replay_buffer_kwargs))
             if twice:
                 raise ValueError(f"Pass {' and '.join(twice)} to QSM itself, not in replay_buffer_kwargs")
-        check_sampling_steps(self.sampling_steps, self.diffusion_steps)
+        for name in ("sampling_steps", "target_sampling_steps"):
+            check_sampling_steps(getattr(self, name), self.diffusion_steps, name)
         self._check_number("temperature", 0.0, strict=True)
         self._check_number("policy_samples", 0.0, high=1.0)
         for name in ("prior_std", "q_grad_coef", "q_grad_clip"):
@@ -363,7 +368,7 @@ class QSM(OfflineTraining):
             )
         self._updated = self._trained()
         self._critic_step = GradientStep(
-            CriticLoss(self.actor, self.critic, self.critic_target),
+            CriticLoss(self.actor, self.critic, self.critic_target, self.target_sampling_steps),
             "critic_loss",
             self.critic,
             self.compile,
