@@ -146,15 +146,20 @@ def _commit() -> str:
     ).stdout.strip()
 
 
-def qsm_variants(diffusion_steps: tuple[int, ...], compiled: tuple[bool, ...] = (False, True)) -> dict[str, dict[str, Any]]:
+def qsm_variants(
+    diffusion_steps: tuple[int, ...], compiled: tuple[bool, ...] = (False, True), target_sampling_steps: int | None = None
+) -> dict[str, dict[str, Any]]:
     """
     :param diffusion_steps: Numbers of diffusion steps
     :param compiled: Values of ``compile``
+    :param target_sampling_steps: Steps of the critics' target
     :return: Constructor arguments by name, for every precision of this processor
     """
+    target = "" if target_sampling_steps is None else f" target in {target_sampling_steps}"
     return {
-        f"QSM T={steps} {precision}{' compiled' if compile_ else ''}": {
+        f"QSM T={steps}{target} {precision}{' compiled' if compile_ else ''}": {
             "diffusion_steps": steps,
+            "target_sampling_steps": target_sampling_steps,
             "precision": precision,
             "compile": compile_,
         }
@@ -167,7 +172,10 @@ def qsm_variants(diffusion_steps: tuple[int, ...], compiled: tuple[bool, ...] = 
 def gradient(rounds: int) -> Iterator[Row]:
     """Gradient steps at batch 256."""
     models = {name: make_model(algo) for name, algo in BASELINES.items()}
-    models |= {name: make_model(QSM, **kwargs) for name, kwargs in qsm_variants((5, 10, 20)).items()}
+    variants = (
+        qsm_variants((5, 10, 20)) | qsm_variants((5,), target_sampling_steps=2) | qsm_variants((10,), target_sampling_steps=3)
+    )
+    models |= {name: make_model(QSM, **kwargs) for name, kwargs in variants.items()}
     # train(1): as in a training, with what SB3 does once for each environment step
     subjects = {name: functools.partial(model.train, 1, 256) for name, model in models.items()}
     yield from rows("gradient step", measure(subjects, 15, rounds))

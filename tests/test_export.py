@@ -312,19 +312,41 @@ def test_sampling_steps_belong_to_acting_and_are_saved(tmp_path):
     whole.save_safe(tmp_path / "changed")
     assert QSM.load_safe(tmp_path / "changed").actor.sampling_steps == 4
     for value in (0, 11, 2.0, True):
-        with pytest.raises(ValueError, match="sampling_steps must be None or an integer from 1 to diffusion_steps=10, got"):
-            QSM.load(tmp_path / "model.zip", sampling_steps=value)
+        for name in ("sampling_steps", "target_sampling_steps"):
+            with pytest.raises(ValueError, match=f"^{name} must be None or an integer from 1 to diffusion_steps=10, got"):
+                QSM.load(tmp_path / "model.zip", **{name: value})
         with pytest.raises(ValueError, match="sampling_steps must be"):
             model.actor.sampling_steps = value
 
 
-def test_the_target_takes_the_whole_chain():
-    losses = []
-    for sampling_steps in (None, 1):
-        model = QSM("MlpPolicy", SpacesEnv(BOX), buffer_size=50, learning_starts=50, sampling_steps=sampling_steps, seed=0)
+def test_the_target_has_steps_of_its_own(tmp_path):
+    losses, targets = [], []
+    for steps in ({}, {"sampling_steps": 1}, {"target_sampling_steps": 2}):
+        model = QSM("MlpPolicy", SpacesEnv(BOX), buffer_size=50, learning_starts=50, noise_schedule="linear", seed=0, **steps)
+        model.learn(20)
+        model.save(tmp_path / "model")
+        model = QSM.load(tmp_path / "model", env=model.env)
         model.learn(20)
         th.manual_seed(0)
         np.random.seed(0)
         batch = model.replay_buffer.sample(16)
-        losses.append(model._update_critic(batch, model._draw_noise(batch))[0]["critic_loss"].item())
-    assert losses[0] == losses[1]
+        noise = model._draw_noise(batch)
+        expected = by_ddim(model.actor, batch.next_observations, noise.latent, [9, 4])
+        metrics, next_actions = model._update_critic(batch, noise)
+        losses.append(metrics["critic_loss"].item())
+        targets.append((next_actions - expected).abs().max().item())
+    assert losses[0] == losses[1] != losses[2]
+    # The whole chain goes elsewhere
+    assert targets[0] == targets[1] > 0.1 and targets[2] < 1e-5
+
+
+def by_ddim(actor, observations, x, steps):
+    """Reverse process without noise (arXiv 2010.02502, equation 12 with sigma = 0) over some of the steps."""
+    bars = actor.schedule.alphas_cumprod.double().numpy()
+    for t, s in zip(steps, [*steps[1:], None], strict=True):
+        with th.no_grad():
+            eps = actor.score_network(actor.features(observations), x, th.full((len(x),), t))
+        clean = ((x - (1 - bars[t]) ** 0.5 * eps) / bars[t] ** 0.5).clamp(-1, 1)
+        direction = (x - bars[t] ** 0.5 * clean) / (1 - bars[t]) ** 0.5
+        x = clean if s is None else (bars[s] ** 0.5 * clean + (1 - bars[s]) ** 0.5 * direction).float()
+    return x

@@ -90,6 +90,7 @@ def hyperparameters(draw):
         "replay_buffer_kwargs": {"handle_timeout_termination": False} if memory else None,
         "diffusion_steps": steps,
         "sampling_steps": draw(st.none() | st.integers(1, steps)),
+        "target_sampling_steps": draw(st.none() | st.integers(1, steps)),
         "noise_schedule": draw(st.sampled_from(sorted(NOISE_SCHEDULES))),
         "sampler": draw(st.sampled_from(sorted(SAMPLERS))),
         "sampling_temperature": draw(st.floats(0, 2)),

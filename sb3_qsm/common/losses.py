@@ -106,7 +106,7 @@ class CriticLoss(nn.Module):
     :param actor: Diffusion actor
     :param critic: Critics
     :param critic_target: Target critics
-    :param sampling_steps: Number of DDIM steps in which a' is drawn, at most T; None for the whole chain of the actor's sampler
+    :param sampling_steps: Number of DDIM steps in which a' is drawn, at most T; None for the actor's whole chain
     """
 
     def __init__(

@@ -38,9 +38,7 @@ def check_sampling_steps(value: Any, diffusion_steps: int, name: str = "sampling
     """
     integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if value is not None and not (integer and 1 <= value <= diffusion_steps):
-        raise ValueError(
-            f"{name} must be None or an integer from 1 to diffusion_steps={diffusion_steps}, got {value!r}"
-        )
+        raise ValueError(f"{name} must be None or an integer from 1 to diffusion_steps={diffusion_steps}, got {value!r}")
 
 
 def set_mode(module: nn.Module, training: bool) -> None:
