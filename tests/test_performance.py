@@ -12,6 +12,7 @@ from torch import nn
 from sb3_qsm import QSM
 from sb3_qsm.common.performance import check_precision, has_bf16
 from sb3_qsm.diffusion import ScoreNetwork
+from sb3_qsm.diffusion.activations import MIN_ELEMENTS, Mish
 from sb3_qsm.diffusion.linear import _OneDnnLinear, addmm, has_wide_units, linear
 
 # Where it is not preferred it computes the same
@@ -201,6 +202,54 @@ def test_small_products_stay_in_float32_under_bf16(rows, inputs, outputs):
     th.testing.assert_close(products[0].float(), x.bfloat16().float() @ weight.t() + bias, rtol=0.02, atol=0.2)
     if small:
         th.testing.assert_close(products[1], x @ weight.t() + bias)
+
+
+def mish_and_derivative(x):
+    """From the definition, in double precision: x tanh(softplus(x)), derivative by the product and the chain rule."""
+    x = x.astype(np.float64)
+    tanh = np.tanh(np.logaddexp(0.0, x))
+    return x * tanh, tanh + x * (1.0 - tanh**2) / (1.0 + np.exp(-x))
+
+
+@pytest.mark.parametrize("size", [100, MIN_ELEMENTS])
+def test_mish(size):
+    x = np.linspace(-90.0, 90.0, size, dtype=np.float32)
+    expected, derivative = mish_and_derivative(x)
+    given = th.tensor(x)
+    with th.no_grad():
+        acting = Mish()(given)
+    assert np.array_equal(given, x)
+    np.testing.assert_allclose(acting, expected, rtol=2e-6, atol=1e-30)
+
+    given.requires_grad_()
+    training = Mish()(given)
+    training.sum().backward()
+    np.testing.assert_allclose(training.detach(), expected, rtol=2e-6, atol=1e-30)
+    np.testing.assert_allclose(given.grad, derivative, rtol=1e-5, atol=1e-6)
+
+
+def test_mish_where_it_is_slow(monkeypatch):
+    """Without a gradient, and compiled, PyTorch's kernel is not called; an exported program keeps it as one operation."""
+    x = th.linspace(-90.0, 90.0, MIN_ELEMENTS)
+    program = th.export.export(Mish(), (x,))
+    assert th.ops.aten.mish.default in {node.target for node in program.graph.nodes}
+    expected, derivative = mish_and_derivative(x.numpy())
+
+    monkeypatch.setattr(nn.Mish, "forward", lambda self, input: pytest.fail("PyTorch's Mish was called"))
+    with th.no_grad():
+        Mish()(x)
+    monkeypatch.setattr(th.compiler, "is_compiling", lambda: True)
+    given = x.clone().requires_grad_()
+    compiled = Mish()(given)
+    compiled.sum().backward()
+    np.testing.assert_allclose(compiled.detach(), expected, rtol=2e-6, atol=1e-30)
+    np.testing.assert_allclose(given.grad, derivative, rtol=1e-5, atol=1e-6)
+
+
+def test_networks_of_mish_are_faster_ones():
+    network = ScoreNetwork(3, 2, (16,), nn.Mish)
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.Mish)]
+    assert len(layers) == 2 and all(type(layer) is Mish for layer in layers)
 
 
 @needs_bf16

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch as th
 from torch import nn
 
+from sb3_qsm.diffusion.activations import Mish
 from sb3_qsm.diffusion.linear import MIN_BF16, MIN_BF16_ROWS, MIN_ROWS, Linear, addmm, linear
 
 
@@ -32,6 +33,8 @@ def mlp(widths: Sequence[int], activation_fn: type[nn.Module], layer_norm: bool 
     :param layer_norm: Whether to normalise every hidden layer before its activation
     :return: The network
     """
+    if activation_fn is nn.Mish:
+        activation_fn = Mish
     layers: list[nn.Module] = []
     for i, (size_in, size_out) in enumerate(itertools.pairwise(widths)):
         if i > 0:
