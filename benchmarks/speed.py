@@ -135,6 +135,7 @@ def row(
         "quartile_1": "" if quartile_1 is None else round(quartile_1, 4),
         "quartile_3": "" if quartile_3 is None else round(quartile_3, 4),
         "over_sac": "" if ratio is None else round(ratio, 3),
+        "clock": next(name for name, function in CLOCKS.items() if function is clock),
         "onednn_linear": prefers_onednn(),
         "torch": th.__version__,
         "cpu": th.cpu.get_capabilities().get("cpu_name", platform.machine()),
