@@ -19,6 +19,7 @@ import pytest
 from sb3_qsm import QSM
 from sb3_qsm.common.checkpoint import read_info
 from sb3_qsm.export import to_onnx
+from tests.scripts import run_python
 
 pytest.importorskip("mujoco")
 image = pytest.importorskip("matplotlib.image")
@@ -188,18 +189,9 @@ def numbers(pattern: str, stdout: str) -> list[float]:
 
 def run_example(name: str, *args: str, folder: Path) -> str:
     """Run a script in a folder; returns what it printed."""
-    finished = subprocess.run(
-        [sys.executable, str(SCRIPT.with_name(name)), *args],
-        cwd=folder,
-        env={**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=600,
-        check=False,
-    )
+    finished = run_python(SCRIPT.with_name(name), args, folder)
     assert finished.returncode == 0, finished.stderr
-    return finished.stdout
+    return str(finished.stdout)
 
 
 def check_own_environment(folder: Path) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 import sb3_qsm
+from tests.scripts import run_python
 
 ROOT = Path(__file__).parents[1]
 MARKDOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -204,24 +205,28 @@ def test_documented_python_runs(path: Path, number: int, tmp_path: Path):
         code = snippets[number - 1][1] + code
     if needs == "needs a run":
         pytest.importorskip("rl_zoo3")
-        command = [sys.executable, "-m", "sb3_qsm", "train", "--env", "Pendulum-v1", "-n", "110", "-params", "normalize:True"]
-        subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+        command = ["train", "--env", "Pendulum-v1", "-n", "110", "-params", "normalize:True"]
+        run_python("import runpy; runpy.run_module('sb3_qsm', run_name='__main__')", command, tmp_path).check_returncode()
     if needs == "needs study.log":
         make_study(tmp_path / "study.log")
-    # Fewer steps, of which the first 100 are random; everything else runs as it stands in the text
+    # Fewer steps, of which the first 100 are random, and episodes; everything else runs as it stands in the text
     code = re.sub(r"(\.learn\((?:total_timesteps=)?)[\d_]+", r"\g<1>110", code)
     code = re.sub(r"(\.pretrain\()[\d_]+", r"\g<1>10", code)
-    finished = subprocess.run(
-        [sys.executable, "-c", code, *needs.removeprefix("arguments: ").split()],
-        cwd=tmp_path,
-        # Several threads wait for one another wherever something else runs beside them
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    code = re.sub(r"(n_eval_episodes=)\d+", r"\g<1>2", code)
+    finished = run_python(code, needs.removeprefix("arguments: ").split(), tmp_path)
     assert finished.returncode == 0, f"{code}\n{finished.stderr}"
+
+
+def test_what_fails_in_a_script_is_told(tmp_path: Path):
+    code = "import os, sys\nprint(__name__, *sys.argv[1:], os.getcwd())\nraise SystemExit('stopped')"
+    finished = run_python(code, ["first", "second"], tmp_path)
+    assert (finished.returncode, finished.stdout) == (1, f"__main__ first second {tmp_path}\n")
+    assert finished.stderr == "stopped\n"
+    finished = run_python("from sb3_qsm import NoSuchName", [], tmp_path)
+    assert finished.returncode == 1
+    assert "ImportError: cannot import name 'NoSuchName'" in finished.stderr
+    with pytest.raises(TimeoutError, match="still running after 0 s: while True"):
+        run_python("while True: pass", [], tmp_path, timeout=0.2)
 
 
 def make_study(path: Path) -> None:
