@@ -209,10 +209,9 @@ def test_documented_python_runs(path: Path, number: int, tmp_path: Path):
         run_python("import runpy; runpy.run_module('sb3_qsm', run_name='__main__')", command, tmp_path).check_returncode()
     if needs == "needs study.log":
         make_study(tmp_path / "study.log")
-    # Fewer steps, of which the first 100 are random, and episodes; everything else runs as it stands in the text
+    # Fewer steps, of which the first 100 are random; everything else runs as it stands in the text
     code = re.sub(r"(\.learn\((?:total_timesteps=)?)[\d_]+", r"\g<1>110", code)
     code = re.sub(r"(\.pretrain\()[\d_]+", r"\g<1>10", code)
-    code = re.sub(r"(n_eval_episodes=)\d+", r"\g<1>2", code)
     finished = run_python(code, needs.removeprefix("arguments: ").split(), tmp_path)
     assert finished.returncode == 0, f"{code}\n{finished.stderr}"
 

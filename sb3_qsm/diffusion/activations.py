@@ -21,14 +21,11 @@ class Mish(nn.Mish):
         :param input: Any shape
         :return: The same shape
         """
-        if th.compiler.is_compiling() and not th.compiler.is_exporting():
-            # One kernel there
-            exponential = input.clamp(max=_LARGEST).exp()
-            n = exponential * (exponential + 2.0)
-            return input * (n / (n + 2.0))
         slow = input.device.type == "cpu" and input.dtype == th.float32 and input.numel() >= MIN_ELEMENTS
-        if not slow or th.is_grad_enabled() or th.compiler.is_exporting():
+        # Compiled it is one kernel; eager operations would each keep a tensor for the gradient
+        faster = th.compiler.is_compiling() or (slow and not th.is_grad_enabled())
+        if th.compiler.is_exporting() or not faster:
             return super().forward(input)
-        n = input.clamp(max=_LARGEST).exp_()
-        n.mul_(n + 2.0)
-        return n.div_(n + 2.0).mul_(input)
+        exponential = input.clamp(max=_LARGEST).exp()
+        n = exponential * (exponential + 2.0)
+        return input * (n / (n + 2.0))
