@@ -13,7 +13,7 @@ class Mish(nn.Mish):
     r"""
     :math:`x \tanh(\log(1 + e^x))` (arXiv 1908.08681, equation 1), of which :math:`\tanh(\log(1 + e^x)) = n / (n + 2)` with
     :math:`n = e^x (e^x + 2)`, so that it takes one exponential. PyTorch's takes an exponential, a logarithm and a hyperbolic
-    tangent, for which a CPU needs two to six times as long.
+    tangent, for which a CPU needs two to three times as long.
     """
 
     def forward(self, input: th.Tensor) -> th.Tensor:
