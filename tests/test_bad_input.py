@@ -44,7 +44,7 @@ BAD_ARGUMENTS = [
     ({"train_freq": (0, "episode")}, "train_freq must be an integer >= 1, got 0"),
     ({"policy_kwargs": {"activation_fn": th.nn.ReLU()}}, "activation_fn must be a class, such as nn.ReLU, got ReLU()"),
     ({"score_target": "clear"}, "Unknown score_target 'clear'; known ones: clean, denoised, noised, paper"),
-    ({"critic_reduction": "max"}, "Unknown critic_reduction 'max'; known ones: mean, min"),
+    ({"critic_reduction": "max"}, "Unknown critic_reduction 'max'; known ones: mean, min, split"),
     ({"policy_samples": 1.5}, "policy_samples must be a number >= 0 and <= 1, got 1.5"),
     ({"gradient_critic": "mine"}, "Unknown gradient_critic 'mine'; known ones: both, online, target"),
     ({"exploration_initial_eps": 1.5}, "exploration_initial_eps must be a number >= 0 and <= 1, got 1.5"),

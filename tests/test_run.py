@@ -497,6 +497,26 @@ def test_critic_reduction():
         assert actor_metrics(critics, critic_reduction=reduction, **PLAIN)["q_grad"] == pytest.approx(gradient)
 
 
+@pytest.mark.parametrize(("gradient_critic", "batch_size"), [("online", 7), ("both", 8), ("target", 1)])
+def test_each_state_follows_one_critic_in_turns(gradient_critic, batch_size):
+    """Row i the critic i modulo their number, with both kinds the mean of the online and the target one."""
+    model = make_model(critic_reduction="split", gradient_critic=gradient_critic, policy_kwargs={"n_critics": 3} | TINY_NETS)
+    for parameter in model.critic_target.parameters():
+        parameter.data.add_(0.1 * th.randn_like(parameter))
+    critics = model._gradient_critics()
+    features = [th.randn(batch_size, 3) for _ in critics]
+    actions = th.rand(batch_size, 1)
+    found = model._actor_step.loss.q_gradient(features, actions)
+    assert found.shape == actions.shape
+    for i in range(batch_size):
+        expected = 0.0
+        for critic, f in zip(critics, features, strict=True):
+            action = actions[i : i + 1].clone().requires_grad_(True)
+            value = critic.q_networks[i % 3](th.cat([f[i : i + 1], action], dim=1))
+            expected = expected + th.autograd.grad(value, action)[0][0] / len(critics)
+        th.testing.assert_close(found[i], expected)
+
+
 def test_random_numbers_of_an_update_are_independent():
     model = make_filled_model(20, diffusion_steps=4)
     noise = model._draw_noise(model.replay_buffer.sample(2000))
@@ -1074,6 +1094,46 @@ def test_vec_normalize(monkeypatch):
     normalised = {tuple(row) for row in np.round(env.normalize_obs(stored), 4)}
     assert {tuple(row) for row in np.round(batch.observations.numpy(), 4)} <= normalised
     assert batch.rewards.abs().max() <= 1.5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"score_target": "noised"},
+        {"prior_std": None},
+        {"gradient_critic": "target"},
+        {"critic_reduction": "min"},
+        {"target_sampling_steps": 1},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_arguments_that_were_changed_are_followed(change, tmp_path):
+    """As by a model that was loaded with them."""
+    model = make_model(seed=0).learn(8)
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    results = []
+    for attributes, arguments in ((change, {}), ({}, change), ({}, {})):
+        each = QSM.load(tmp_path / "model", env=model.env, **arguments)
+        each.load_replay_buffer(tmp_path / "buffer")
+        each.set_logger(Logger(None, []))
+        for name, value in attributes.items():
+            setattr(each, name, value)
+        th.manual_seed(0)
+        np.random.seed(0)
+        each.train(2, 8)
+        results.append(parameters(each.actor))
+    assert same(results[0], results[1])
+    assert not same(results[0], results[2])
+
+
+def test_wrong_argument_that_was_set_is_refused():
+    model = make_model().learn(8)
+    model.critic_reduction = "max"
+    before = parameters(model.critic)
+    with pytest.raises(ValueError, match="Unknown critic_reduction 'max'; known ones: mean, min, split"):
+        model.learn(8)
+    assert same(before, parameters(model.critic))
 
 
 @pytest.mark.parametrize("replaced", ["policy", "layers", "target", "average", "optimizer"])

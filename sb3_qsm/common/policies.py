@@ -324,6 +324,17 @@ class QCritic(ContinuousCritic):
         # Values and what is computed from them are float32 also when the networks are not
         return th.stack([network(x).squeeze(-1) for network in self.q_networks]).float()
 
+    def q_values_in_turns(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        Each row by one of the n critics: rows 0, n, 2n, ... by the first, rows 1, n + 1, ... by the second.
+
+        :param features: Features of the observation, shape ``(batch, features_dim)``
+        :param actions: Scaled actions, shape ``(batch, action_dim)``
+        :return: Q-values, those of the first critic first, shape ``(1, batch)``
+        """
+        x, n = th.cat([features, actions], dim=1), self.n_critics
+        return th.cat([network(x[i::n]).squeeze(-1) for i, network in enumerate(self.q_networks)]).unsqueeze(0).float()
+
     def forward(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
         """
         :param obs: Observation

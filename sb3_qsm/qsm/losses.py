@@ -48,6 +48,7 @@ class ActorLoss(nn.Module):
         self.actor, self.critics = actor, nn.ModuleList(critics)
         self.score_target = SCORE_TARGETS[score_target]
         self.reduce = CRITIC_REDUCTIONS[critic_reduction]
+        self.in_turns = critic_reduction == "split"
         self.prior_std = None if score_target == "paper" else prior_std
 
     def q_gradient(self, features: Sequence[th.Tensor], actions: th.Tensor) -> th.Tensor:
@@ -56,9 +57,10 @@ class ActorLoss(nn.Module):
         :param actions: Where to take the gradient, shape ``(batch, action_dim)``
         :return: Gradient of the combined critics in the action, without a graph
         """
+        evaluate = "q_values_in_turns" if self.in_turns else "q_values"
 
         def q_fn(a: th.Tensor) -> th.Tensor:
-            values = [critic.q_values(f, a) for critic, f in zip(self.critics, features, strict=True)]  # type: ignore[operator]
+            values = [getattr(critic, evaluate)(f, a) for critic, f in zip(self.critics, features, strict=True)]
             return self.reduce(th.cat(values))
 
         return action_gradient(q_fn, actions)

@@ -31,6 +31,17 @@ from sb3_qsm.qsm.targets import CRITIC_REDUCTIONS, SCORE_TARGETS
 
 SelfQSM = TypeVar("SelfQSM", bound="QSM")
 
+#: Arguments that the losses and their steps are made with
+_UPDATE_ARGUMENTS = (
+    "score_target",
+    "prior_std",
+    "gradient_critic",
+    "critic_reduction",
+    "target_sampling_steps",
+    "compile",
+    "precision",
+)
+
 
 class CosineDecay:
     """
@@ -117,7 +128,8 @@ class QSM(OfflineTraining):
     :param target_policy_noise: Standard deviation of the Gaussian noise added to the next action in the critic's target
     :param gradient_critic: Critics whose gradient the actor follows: ``"online"`` (after their update), ``"target"`` or
         ``"both"``
-    :param critic_reduction: How the critics are combined for that gradient: ``"mean"`` or ``"min"``
+    :param critic_reduction: How the critics are combined for that gradient: ``"mean"``, ``"min"``, or ``"split"``, where each
+        state follows one of them: the gradient of the mean on average, for the cost of one critic
     :param policy_delay: Update the actor once every ``policy_delay`` gradient steps
     :param target_update_interval: Update the target critics once every ``target_update_interval`` gradient steps
     :param best_of_n: Number of actions to draw when acting; the one with the highest minimum over the critics is taken
@@ -359,6 +371,10 @@ class QSM(OfflineTraining):
         groups = [*self.actor.optimizer.param_groups, *self.critic.optimizer.param_groups]
         return list(itertools.chain(networks, *parameters, *(group["params"] for group in groups)))
 
+    def _update_arguments(self) -> list[Any]:
+        """The arguments that :meth:`_make_updates` looks up."""
+        return [getattr(self, name) for name in _UPDATE_ARGUMENTS]
+
     def _make_updates(self) -> None:
         """The steps of the optimizers and of the averages on the networks as they are."""
         if self.compile and any(True for _ in self.actor.features_extractor.parameters()):
@@ -366,7 +382,7 @@ class QSM(OfflineTraining):
                 "compile=True needs a features extractor without parameters, like MlpPolicy's, got "
                 f"{type(self.actor.features_extractor).__name__}"
             )
-        self._updated = self._trained()
+        self._updated, self._updated_by = self._trained(), self._update_arguments()
         self._critic_step = GradientStep(
             CriticLoss(self.actor, self.critic, self.critic_target, self.target_sampling_steps),
             "critic_loss",
@@ -400,7 +416,7 @@ class QSM(OfflineTraining):
         :param gradient_steps: Number of gradient steps
         :param batch_size: Size of each minibatch
         """
-        self._follow_replaced_networks()
+        self._follow_changes()
         self.policy.set_training_mode(True)
         self._update_learning_rates()
         metrics: list[Metrics] = []
@@ -420,11 +436,13 @@ class QSM(OfflineTraining):
 
         self._log(metrics)
 
-    def _follow_replaced_networks(self) -> None:
-        """Networks, layers and optimizers may be replaced between two calls of :meth:`train`, as with SB3's algorithms."""
-        trained = self._trained()
-        if len(trained) != len(self._updated) or not all(map(operator.is_, trained, self._updated)):
-            if self.actor is not self._updated[0]:
+    def _follow_changes(self) -> None:
+        """Networks, layers, optimizers and arguments may be replaced between two calls of :meth:`train`, as in SB3."""
+        trained, other_arguments = self._trained(), self._update_arguments() != self._updated_by
+        if other_arguments:
+            self._check_hyperparameters()
+        if other_arguments or len(trained) != len(self._updated) or not all(map(operator.is_, trained, self._updated)):
+            if other_arguments or self.actor is not self._updated[0]:
                 self.actor.precision = self.precision
             self._make_updates()
 
@@ -515,6 +533,7 @@ class QSM(OfflineTraining):
         return [
             *super()._excluded_save_params(),
             "_updated",
+            "_updated_by",
             "_critic_step",
             "_actor_step",
             "_target_update",

@@ -122,8 +122,13 @@ def min_critic(q_values: th.Tensor) -> th.Tensor:
     return q_values.amin(dim=0)
 
 
-#: How the gradients of the critics are combined. Named functions: a model can be pickled with them
-CRITIC_REDUCTIONS: dict[str, Callable[[th.Tensor], th.Tensor]] = {"mean": mean_critic, "min": min_critic}
+#: How the gradients of the critics are combined. For "split" each row has one of the critics to begin with
+#: (:meth:`sb3_qsm.common.policies.QCritic.q_values_in_turns`). Named functions: a model can be pickled with them
+CRITIC_REDUCTIONS: dict[str, Callable[[th.Tensor], th.Tensor]] = {
+    "mean": mean_critic,
+    "min": min_critic,
+    "split": mean_critic,
+}
 
 
 def running_gradient_norm(previous: th.Tensor, gradient: th.Tensor, rate: float = 0.005) -> th.Tensor:
