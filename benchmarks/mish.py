@@ -8,7 +8,6 @@ Both are timed in turns on one core, by the time that the thread runs.
 
 import argparse
 import csv
-import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -65,10 +64,7 @@ def main() -> None:
     parser.add_argument("--core", type=int, default=0, help="core to stay on, where the system can pin a process")
     parser.add_argument("--out", type=Path, required=True, help="CSV to write")
     args = parser.parse_args()
-    th.set_num_threads(1)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {args.core})
-    speed.clock = speed.CLOCKS["processor"]
+    speed.settle(args.core, "processor")
     rows = []
     for name, (plain, ours) in subjects().items():
         with th.no_grad() if name.startswith("256") else th.enable_grad():

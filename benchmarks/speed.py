@@ -47,7 +47,7 @@ SAME_WIDTH = {"policy_kwargs": {"net_arch": [256, 256]}}
 PRECISIONS = ["float32", "bf16"] if has_bf16(th.device("cpu")) else ["float32"]
 REFERENCE = "SAC"
 CLOCKS = {"wall": time.perf_counter, "processor": time.thread_time}
-#: The one that times are taken by; ``main`` sets it
+#: The one that times are taken by; :func:`settle` sets it
 clock: Callable[[], float] = time.perf_counter
 Row = dict[str, Any]
 
@@ -70,6 +70,20 @@ def make_model(algo: type[OffPolicyAlgorithm], buffer_size: int = TRANSITIONS, *
     buffer.actions[:] = rng.uniform(-1, 1, size=buffer.actions.shape)
     buffer.full = True
     return model
+
+
+def settle(core: int, clock_name: str) -> None:
+    """
+    Stay on one core, where the system can pin a process, with one thread.
+
+    :param core: Number of the core
+    :param clock_name: Key of ``CLOCKS``, by which times are taken from now on
+    """
+    global clock
+    th.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {core})
+    clock = CLOCKS[clock_name]
 
 
 def measure(subjects: dict[str, Callable[[], Any]], repetitions: int, rounds: int) -> dict[str, list[float]]:
@@ -384,17 +398,13 @@ def main() -> None:
     parser.add_argument("--plot", action="store_true", help="only write the table and the picture from the CSV")
     parser.add_argument("--out", type=Path, required=True, help="folder of the CSV and the picture")
     args = parser.parse_args()
-    th.set_num_threads(1)
-    global clock
-    clock = CLOCKS[args.clock]
     path = args.out / "speed.csv"
     table: list[Row] = []
     if path.exists():
         with path.open(newline="") as file:
             table = list(csv.DictReader(file))
     if not args.plot:
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, {args.core})
+        settle(args.core, args.clock)
         args.out.mkdir(parents=True, exist_ok=True)
         for name in args.only:
             new = list(SECTIONS[name](args.rounds))

@@ -6,7 +6,7 @@ Single gradient steps of settings of QSM beside SAC's, in turns, by the time tha
 
 On a busy machine this is steadier than ``speed.py``, which times several steps at once: what slows one step slows the next of
 another setting alike. Batch 256 and HalfCheetah-v5's shapes, as there. The ratio to SAC is the median of those of the rounds,
-with the 95 % confidence interval of that median. Rows are appended.
+with the 95 % confidence interval of that median. Rows are appended. A row's section and subject are what it was measured with.
 """
 
 import argparse
@@ -14,13 +14,11 @@ import csv
 import functools
 import json
 import math
-import os
 import statistics
 from pathlib import Path
 from typing import Any
 
 import speed
-import torch as th
 from stable_baselines3 import SAC
 
 from sb3_qsm import QSM
@@ -45,10 +43,7 @@ def main() -> None:
     parser.add_argument("--core", type=int, default=0, help="core to stay on, where the system can pin a process")
     parser.add_argument("--out", type=Path, required=True, help="CSV to append to")
     args = parser.parse_args()
-    th.set_num_threads(1)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {args.core})
-    speed.clock = speed.CLOCKS["processor"]
+    speed.settle(args.core, "processor")
 
     models: dict[str, Any] = {"SAC": speed.make_model(SAC)}
     for setting in args.setting:

@@ -1127,6 +1127,14 @@ def test_arguments_that_were_changed_are_followed(change, tmp_path):
     assert not same(results[0], results[2])
 
 
+def test_compilation_that_was_switched_on_is_followed():
+    model = make_model().learn(8)
+    model.compile = True
+    model._follow_changes()
+    assert model._critic_step.compiled
+    assert model._actor_step.compiled
+
+
 def test_wrong_argument_that_was_set_is_refused():
     model = make_model().learn(8)
     model.critic_reduction = "max"
