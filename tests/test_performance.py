@@ -269,6 +269,19 @@ def test_bf16_update_is_close_to_float32():
     assert 1e-5 < relative < 0.05  # not the same: bfloat16 was used
 
 
+def test_precision_that_was_set_is_followed(monkeypatch):
+    # Emulated by a processor without bfloat16 instructions, slowly and with the same results
+    monkeypatch.setattr("sb3_qsm.qsm.qsm.check_precision", lambda device, precision: None)
+    made, changed, reference = collect(make_model(precision="bf16")), collect(make_model()), collect(make_model())
+    changed.precision = "bf16"
+    for model in (made, changed, reference):
+        th.manual_seed(1)
+        np.random.seed(1)
+        model.train(2, 32)
+    assert largest_difference(parameters(changed), parameters(made)) == 0.0
+    assert largest_difference(parameters(changed), parameters(reference)) > 0.0
+
+
 @needs_bf16
 def test_bf16_targets_are_float32():
     model = collect(make_model(precision="bf16"))
