@@ -380,3 +380,21 @@ def test_running_gradient_norm() -> None:
 def test_clean_estimate_is_clipped() -> None:
     estimate = predict_clean_sample(th.tensor([[5.0, 0.1]]), th.zeros(1, 2), 0.5, 0.5)
     th.testing.assert_close(estimate, th.tensor([[1.0, 0.2]]))
+
+
+@pytest.mark.parametrize("width", [0.05, 0.1, 0.2])
+@pytest.mark.parametrize("n", [3, 5, 10])
+def test_fewer_steps_keep_the_spread(n, width):
+    """A chain that ends before t = 0 returns a mean: at steps 9, 6 and 2 of ten it has 0.3 to 0.5 of the spread."""
+    schedule = NoiseSchedule("cosine", 10)
+
+    def predict_noise(x: th.Tensor, t: int) -> th.Tensor:
+        signal, sigma = schedule.signal_rates[t], schedule.noise_rates[t]
+        return sigma * (x - signal * 0.1) / (signal**2 * width**2 + sigma**2)
+
+    th.manual_seed(0)
+    latent, noise = th.randn(10_000, 1), th.randn(10, 10_000, 1)
+    whole = SAMPLERS["ddpm_x0"](predict_noise, schedule, latent, noise, 1.0)
+    fewer = SAMPLERS["ddim"](predict_noise, schedule, latent, None, 1.0, sampling_steps=n)
+    assert 0.85 < fewer.std() / whole.std() < 1.15
+    assert abs(fewer.mean() - 0.1) < 0.01

@@ -110,8 +110,9 @@ def ddim(
 ) -> th.Tensor:
     """
     DDIM with eta = 0 (arXiv 2010.02502, equation 12): deterministic given the latent. The direction towards a_t is computed
-    from the clipped estimate, so that the chain stays consistent with it. It may skip steps: those taken are evenly spaced and
-    end at T - 1, where the chain starts ("trailing" spacing, arXiv 2305.08891, section 3.3).
+    from the clipped estimate, so that the chain stays consistent with it. It may skip steps: those taken are evenly spaced,
+    from T - 1, where the chain starts, to 0 ("linspace" spacing, arXiv 2305.08891, table 2). A chain that ended earlier would
+    return the mean of the actions that its last sample may come from: of T = 10, steps 9, 6 and 2 have half of the spread.
 
     :param predict_noise: The noise prediction of the network
     :param schedule: Noise schedule with T steps
@@ -121,14 +122,19 @@ def ddim(
     :param sampling_steps: Number of steps to take, at most T; all by default
     :return: Actions in [-1, 1], shape ``(batch, action_dim)``
     """
-    n = sampling_steps or schedule.diffusion_steps
-    steps = [round(schedule.diffusion_steps * k / n) - 1 for k in range(n, 0, -1)]
+    steps = _spaced_steps(schedule.diffusion_steps, sampling_steps or schedule.diffusion_steps)
     x = x_last
     for t, s in itertools.pairwise(steps):
         clean = _clean_sample(x, predict_noise(x, t), schedule, t)
         ratio = schedule.noise_rates[s] / schedule.noise_rates[t]
         x = (schedule.signal_rates[s] - ratio * schedule.signal_rates[t]) * clean + ratio * x
     return _clean_sample(x, predict_noise(x, steps[-1]), schedule, steps[-1])
+
+
+def _spaced_steps(diffusion_steps: int, n: int) -> list[int]:
+    """n of the steps from T - 1 to 0, evenly spaced, with both ends; T - 1 alone for n = 1."""
+    last = diffusion_steps - 1
+    return [last] if n == 1 else [round(last * k / (n - 1)) for k in range(n - 1, -1, -1)]
 
 
 #: Known samplers. A new one is a function and a line here.
