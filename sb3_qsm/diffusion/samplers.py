@@ -110,9 +110,7 @@ def ddim(
 ) -> th.Tensor:
     """
     DDIM with eta = 0 (arXiv 2010.02502, equation 12): deterministic given the latent. The direction towards a_t is computed
-    from the clipped estimate, so that the chain stays consistent with it. It may skip steps: those taken are evenly spaced,
-    from T - 1, where the chain starts, to 0 ("linspace" spacing, arXiv 2305.08891, table 2). A chain that ended earlier would
-    return the mean of the actions that its last sample may come from: of T = 10, steps 9, 6 and 2 have half of the spread.
+    from the clipped estimate, so that the chain stays consistent with it. It may skip steps, see :func:`spaced_steps`.
 
     :param predict_noise: The noise prediction of the network
     :param schedule: Noise schedule with T steps
@@ -122,7 +120,7 @@ def ddim(
     :param sampling_steps: Number of steps to take, at most T; all by default
     :return: Actions in [-1, 1], shape ``(batch, action_dim)``
     """
-    steps = _spaced_steps(schedule.diffusion_steps, sampling_steps or schedule.diffusion_steps)
+    steps = spaced_steps(schedule.diffusion_steps, sampling_steps or schedule.diffusion_steps)
     x = x_last
     for t, s in itertools.pairwise(steps):
         clean = _clean_sample(x, predict_noise(x, t), schedule, t)
@@ -131,10 +129,21 @@ def ddim(
     return _clean_sample(x, predict_noise(x, steps[-1]), schedule, steps[-1])
 
 
-def _spaced_steps(diffusion_steps: int, n: int) -> list[int]:
-    """n of the steps from T - 1 to 0, evenly spaced, with both ends; T - 1 alone for n = 1."""
-    last = diffusion_steps - 1
-    return [last] if n == 1 else [round(last * k / (n - 1)) for k in range(n - 1, -1, -1)]
+def spaced_steps(diffusion_steps: int, n: int) -> list[int]:
+    """
+    The steps of a reverse process that skips some: evenly spaced, from T - 2 to 0. A chain that ended before 0 would return
+    the mean of the actions that its last sample may come from, with less spread. T - 1 is skipped first, since next to nothing
+    of the clean sample is left there: the ``cosine`` schedule keeps 0.005 of it at T = 10, so that in the estimate an error of
+    the predicted noise is 200 times as large.
+
+    :param diffusion_steps: T
+    :param n: How many to take, from 1 to T
+    :return: Their indices, falling
+    """
+    if n == diffusion_steps:
+        return list(range(diffusion_steps - 1, -1, -1))
+    first = diffusion_steps - 2
+    return [first] if n == 1 else [round(first * k / (n - 1)) for k in range(n - 1, -1, -1)]
 
 
 #: Known samplers. A new one is a function and a line here.
