@@ -140,9 +140,7 @@ def spaced_steps(diffusion_steps: int, n: int) -> list[int]:
     :param n: How many to take, from 1 to T
     :return: Their indices, falling
     """
-    if n == diffusion_steps:
-        return list(range(diffusion_steps - 1, -1, -1))
-    first = diffusion_steps - 2
+    first = diffusion_steps - (1 if n == diffusion_steps else 2)
     return [first] if n == 1 else [round(first * k / (n - 1)) for k in range(n - 1, -1, -1)]
 
 
