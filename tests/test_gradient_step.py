@@ -8,7 +8,16 @@ import torch as th
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from sb3_qsm.common.gradient_step import GradientStep, PolyakUpdate, adam_scalars, adam_state, adam_update, is_plain_adam
+from sb3_qsm.common.gradient_step import (
+    GradientStep,
+    PolyakUpdate,
+    adam_moments,
+    adam_scalars,
+    adam_state,
+    adam_update,
+    is_plain_adam,
+    takes_fused_step,
+)
 
 
 class Quadratic(nn.Module):
@@ -131,20 +140,20 @@ def test_a_loss_that_is_not_finite_changes_nothing(compiled: bool) -> None:
 class TwoWeights(nn.Module):
     """Loss |a x - b|^2 of two weights."""
 
-    def __init__(self) -> None:
+    def __init__(self, fused: bool | None = None) -> None:
         super().__init__()
         self.a, self.b = nn.Parameter(th.tensor([0.5, -2.0, 3.0])), nn.Parameter(th.ones(3))
-        self.optimizer = th.optim.Adam([self.a, self.b], lr=0.1)
+        self.optimizer = th.optim.Adam([self.a, self.b], lr=0.1, fused=fused)
 
     def forward(self, x: th.Tensor) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         loss = (self.a * x - self.b).square().sum()
         return loss, {"quadratic_loss": loss.detach()}
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_parameters_without_gradient_stay(compiled: bool) -> None:
+@pytest.mark.parametrize(("compiled", "fused"), [(False, False), (True, False), (False, True)])
+def test_parameters_without_gradient_stay(compiled: bool, fused: bool) -> None:
     """As PyTorch does it, also when they are let go again: Adam has done fewer steps with them then."""
-    ours, theirs = TwoWeights(), TwoWeights()
+    ours, theirs = TwoWeights(fused), TwoWeights(fused)
     step = GradientStep(ours, "quadratic_loss", ours, compiled)
     x = th.tensor([1.0, 2.0, 3.0])
     for frozen in ("", "a", "ab", "b", ""):
@@ -163,6 +172,80 @@ def test_parameters_without_gradient_stay(compiled: bool) -> None:
         for name, old in zip("ab", before, strict=True):
             th.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-5, atol=1e-6)
             assert th.equal(getattr(ours, name), old) == (name in frozen)
+
+
+def test_fused_step_is_the_one_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, over a changing rate, after a saved and loaded state, and where the optimizer does a step of its own."""
+    ours, theirs = TwoWeights(fused=True), TwoWeights(fused=True)
+    step = GradientStep(ours, "quadratic_loss", ours)
+    own_steps = []
+    own_step = th.optim.Adam.step
+    monkeypatch.setattr(th.optim.Adam, "step", lambda self, *args: own_steps.append(self) or own_step(self, *args))
+
+    def both(x: th.Tensor) -> None:
+        step(x)
+        theirs.optimizer.zero_grad()
+        theirs(x)[0].backward()
+        theirs.optimizer.step()
+        for key in ("a", "b"):
+            assert th.equal(getattr(ours, key), getattr(theirs, key))
+        states = [network.optimizer.state_dict()["state"] for network in (ours, theirs)]
+        th.testing.assert_close(*states, rtol=0.0, atol=0.0)
+        assert [value["step"].shape for value in states[0].values()] == [(), ()]
+
+    for rate in (0.1, 0.1, 0.01):
+        for network in (ours, theirs):
+            network.optimizer.param_groups[0]["lr"] = rate
+        both(th.tensor([1.0, 2.0, 3.0]))
+    for network in (ours, theirs):
+        network.optimizer.load_state_dict(deepcopy(ours.optimizer.state_dict()))
+    both(th.tensor([3.0, 1.0, 2.0]))
+    for network in (ours, theirs):
+        network.optimizer.state[network.a]["exp_avg"] = th.ones(3)
+    both(th.tensor([3.0, 1.0, 2.0]))
+    for network in (ours, theirs):
+        network.optimizer.state.clear()
+    both(th.tensor([3.0, 1.0, 2.0]))
+    assert ours.optimizer not in own_steps
+
+    hooks = [network.optimizer.register_step_post_hook(lambda *_: None) for network in (ours, theirs)]
+    both(th.tensor([1.0, 3.0, 2.0]))
+    assert own_steps[-2:] == [ours.optimizer, theirs.optimizer]
+    for hook in hooks:
+        hook.remove()
+    both(th.tensor([1.0, 3.0, 2.0]))
+    assert own_steps[-2:] == [theirs.optimizer, theirs.optimizer]
+
+
+def test_a_parameter_that_the_loss_does_not_use() -> None:
+    class Unused(TwoWeights):
+        def forward(self, x: th.Tensor) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+            loss = (self.a * x).square().sum()
+            return loss, {"quadratic_loss": loss.detach()}
+
+    loss = Unused(fused=True)
+    GradientStep(loss, "quadratic_loss", loss)(th.ones(3))
+    assert not th.equal(loss.a.detach(), TwoWeights().a)
+    assert th.equal(loss.b.detach(), TwoWeights().b)
+    assert loss.b not in loss.optimizer.state
+
+
+def test_one_operation_counts_the_steps() -> None:
+    network = TwoWeights()
+    network.optimizer.state[network.b] = {**adam_state(network.optimizer, network.b), "step": th.tensor(4.0)}
+    moments = adam_moments(network.optimizer, {"a": network.a, "b": network.b})
+    moments.steps.add_(1)
+    assert [network.optimizer.state[parameter]["step"].item() for parameter in (network.a, network.b)] == [1.0, 5.0]
+    assert list(map(id, moments.counters)) == [id(network.optimizer.state[p]["step"]) for p in (network.a, network.b)]
+
+
+def test_what_the_fused_step_is_for() -> None:
+    weight, cpu = nn.Parameter(th.ones(2)), th.device("cpu")
+    assert takes_fused_step(th.optim.Adam([weight], fused=True), cpu)
+    assert not takes_fused_step(th.optim.Adam([weight]), cpu)
+    assert not takes_fused_step(th.optim.Adam([weight], fused=True, lr=th.tensor(0.1)), cpu)
+    assert not takes_fused_step(th.optim.Adam([weight], fused=True, weight_decay=0.1), cpu)
+    assert not takes_fused_step(th.optim.Adam([weight], fused=True), th.device("cuda"))
 
 
 def test_other_optimizers_do_their_own_step() -> None:
@@ -215,3 +298,14 @@ def test_polyak_update_of_a_replaced_buffer() -> None:
     networks[0].running_mean = th.full((4,), 3.0)
     update(0.5)
     assert th.equal(networks[1].running_mean, th.full((4,), 3.0))
+
+
+def test_polyak_update_of_a_constant() -> None:
+    """What is not saved with a network does not change; to copy it took longer than the parameters."""
+    networks = [nn.Linear(2, 2) for _ in range(2)]
+    for network in networks:
+        network.register_buffer("constant", th.zeros(2), persistent=False)
+    update = PolyakUpdate(*networks)
+    assert update.buffers == []
+    update(1.0)
+    assert th.equal(networks[0].weight, networks[1].weight)

@@ -537,6 +537,31 @@ def test_cosine_decay_by_its_definition():
     assert QSM.paper_hyperparameters(5_000_000)["actor_learning_rate"](0.1) == 0.0
 
 
+@pytest.mark.parametrize("network", ["actor", "critic", "critic_target"])
+def test_a_layer_without_parameters_that_was_replaced_is_seen(network):
+    """What is compiled has its function in it."""
+    model = make_model(seed=0).learn(8)
+    updates = model._critic_step
+    sequential = model.actor.score_network.trunk if network == "actor" else getattr(model, network).q_networks[0]
+    (i,) = [i for i, layer in enumerate(sequential) if type(layer) is nn.SiLU][:1]
+    sequential[i] = nn.Tanh()
+    model.train(gradient_steps=1, batch_size=8)
+    assert model._critic_step is not updates
+
+
+def test_noise_of_the_chain_is_drawn_where_it_is_used():
+    model = make_filled_model(20, diffusion_steps=4, target_sampling_steps=2, target_policy_noise=0.1)
+    batch = model.replay_buffer.sample(2000)
+    noise = model._draw_noise(batch)
+    assert noise.chain is None
+    parts = np.stack([part.flatten().numpy() for part in (noise.latent, noise.target, noise.eps)])
+    assert np.abs(np.corrcoef(parts) - np.eye(3)).max() < 0.1
+    model.train(gradient_steps=1, batch_size=8)
+    model.target_sampling_steps = None
+    assert model._draw_noise(batch).chain.shape == (4, 2000, 1)
+    model.train(gradient_steps=1, batch_size=8)
+
+
 def test_action_noise_follows_the_number_of_environments(tmp_path):
     noise = NormalActionNoise(np.zeros(3), np.full(3, 0.1))
 

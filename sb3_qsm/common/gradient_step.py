@@ -1,8 +1,10 @@
 """A step of an optimizer on a loss, eager or compiled."""
 
+import itertools
 import math
-from collections.abc import Callable
-from typing import Any
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch as th
 from torch import nn
@@ -54,18 +56,41 @@ def adam_update(
     return parameter - step_size * mean / ((square * correction2).sqrt() + epsilon), mean, square
 
 
-def parameters_in(module: nn.Module) -> list[th.Tensor | None]:
+def members_of(networks: Iterable[nn.Module]) -> list[dict[str, Any]]:
     """
-    What :meth:`torch.nn.Module.parameters` finds, in a third of the time, with repetitions and ``None`` for those left out.
+    For a look whether any part was replaced, before every update: the values of these are listed in a fraction of the time
+    that the recursion of :meth:`torch.nn.Module.parameters` takes.
 
-    :param module: A module
-    :return: Parameters of it and of all in it
+    :param networks: Modules
+    :return: The dictionaries in which they and all modules in them have their parameters and modules, without the empty ones
     """
-    found: list[th.Tensor | None] = list(module._parameters.values())
-    for child in module._modules.values():
-        if child is not None:
-            found += parameters_in(child)
-    return found
+    modules = itertools.chain.from_iterable(network.modules() for network in networks)
+    return [members for module in modules for members in (module._parameters, module._modules) if members]
+
+
+def are_the_same(objects: list[Any], others: list[Any]) -> bool:
+    """
+    :param objects: Some objects
+    :param others: Others
+    :return: Whether they are the same objects in the same order
+    """
+    return len(objects) == len(others) and all(map(operator.is_, objects, others))
+
+
+class Moments(NamedTuple):
+    """
+    State of Adam for some parameters.
+
+    :param means: Running means of the gradients, by the parameters' names
+    :param squares: Running means of their squares
+    :param steps: Numbers of steps, shape ``(n_parameters,)``
+    :param counters: The same numbers as views of ``steps``, which are what the optimizer has
+    """
+
+    means: Tensors
+    squares: Tensors
+    steps: th.Tensor
+    counters: list[th.Tensor]
 
 
 class GradientStep:
@@ -95,6 +120,8 @@ class GradientStep:
         self.trained: set[str] = set()
         self.gradients: Callable[..., tuple[Tensors, Metrics]] = self._autograd
         self.adam: Callable[..., Metrics] | None = None
+        self._moments: Moments | None = None
+        self._moments_of: list[Any] = []
 
     @property
     def optimizer(self) -> th.optim.Optimizer:
@@ -143,26 +170,36 @@ class GradientStep:
         if trained.keys() != self.trained:
             self._prepare(trained)
         if self.adam is not None and is_plain_adam(self.optimizer):
-            states = {name: adam_state(self.optimizer, parameter) for name, parameter in trained.items()}
-            means, squares = ({name: state[key] for name, state in states.items()} for key in ("exp_avg", "exp_avg_sq"))
-            steps = [state["step"] for state in states.values()]
+            moments = self._adam_moments(trained)
             (group,) = self.optimizer.param_groups
-            scalars = adam_scalars(steps[0] + 1, group["lr"], group["betas"], group["eps"])
-            metrics = self.adam(trained, means, squares, scalars, *args)
+            scalars = adam_scalars(moments.steps[0] + 1, group["lr"], group["betas"], group["eps"])
+            metrics = self.adam(trained, moments.means, moments.squares, scalars, *args)
             if self._finite(metrics):
-                # A number would be made a tensor for each of them
-                th._foreach_add_(steps, [th.ones_like(steps[0])] * len(steps))
+                moments.steps.add_(1)
             return metrics
         gradients, metrics = self.gradients(trained, *args)
         for name, parameter in self.parameters.items():
             parameter.grad = gradients.get(name)
         if self._finite(metrics):
-            self.optimizer.step()
+            complete = len(gradients) > 0 and all(gradient is not None for gradient in gradients.values())
+            if complete and takes_fused_step(self.optimizer, self.device):
+                fused_adam_step(self.optimizer, trained, gradients, self._adam_moments(trained))
+            else:
+                self.optimizer.step()
         return metrics
+
+    def _adam_moments(self, trained: Tensors) -> Moments:
+        """State of Adam for these parameters, looked up again where it is another than at the last step."""
+        state = self.optimizer.state
+        found = list(itertools.chain.from_iterable(map(dict.values, map(state.__getitem__, trained.values()))))
+        if self._moments is None or not are_the_same(found, self._moments_of):
+            self._moments = adam_moments(self.optimizer, trained)
+            self._moments_of = [value for parameter in trained.values() for value in state[parameter].values()]
+        return self._moments
 
     def _prepare(self, trained: Tensors) -> None:
         """Compile for these parameters: what is compiled does not look whether they are others than before."""
-        self.trained, self.gradients, self.adam = set(trained), self._autograd, None
+        self.trained, self.gradients, self.adam, self._moments = set(trained), self._autograd, None, None
         if not self.compiled or not trained:
             return
         self.gradients = compile_update(self._functional, self.device)
@@ -210,6 +247,63 @@ def adam_state(optimizer: th.optim.Optimizer, parameter: th.Tensor) -> dict[str,
     return state
 
 
+def adam_moments(optimizer: th.optim.Optimizer, parameters: Tensors) -> Moments:
+    """
+    :param optimizer: Adam
+    :param parameters: Some of its parameters by name, changed in place: their numbers of steps become views of one tensor, so
+        that one operation advances all of them
+    :return: Their state
+    """
+    states = {name: adam_state(optimizer, parameter) for name, parameter in parameters.items()}
+    steps = th.stack([state["step"] for state in states.values()])
+    counters = list(steps.unbind())
+    for state, counter in zip(states.values(), counters, strict=True):
+        state["step"] = counter
+    means, squares = ({name: state[key] for name, state in states.items()} for key in ("exp_avg", "exp_avg_sq"))
+    return Moments(means, squares, steps, counters)
+
+
+def takes_fused_step(optimizer: th.optim.Optimizer, device: th.device) -> bool:
+    """
+    :param optimizer: An optimizer
+    :param device: Device of its parameters
+    :return: Whether :func:`fused_adam_step` does what its step does
+    """
+    if not is_plain_adam(optimizer):
+        return False
+    (group,) = optimizer.param_groups
+    return bool(group["fused"]) and device.type == "cpu" and isinstance(group["lr"], float)
+
+
+@th.no_grad()
+def fused_adam_step(optimizer: th.optim.Optimizer, parameters: Tensors, gradients: Tensors, moments: Moments) -> None:
+    """
+    The step of PyTorch's fused Adam, without what :meth:`torch.optim.Adam.step` looks up before it, which takes longer.
+
+    :param optimizer: Adam, see :func:`takes_fused_step`
+    :param parameters: Parameters by name, changed in place
+    :param gradients: Their gradients
+    :param moments: Their state, changed in place
+    """
+    (group,) = optimizer.param_groups
+    moments.steps.add_(1)
+    th._fused_adam_(
+        list(parameters.values()),
+        [gradients[name] for name in parameters],
+        list(moments.means.values()),
+        list(moments.squares.values()),
+        [],
+        moments.counters,
+        lr=group["lr"],
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        weight_decay=0.0,
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
+
+
 def average_weight(tau: float, n_updates: int) -> float:
     """
     Weight of the newest parameters in a moving average. At first the average covers the last tenth of the updates that there
@@ -233,7 +327,10 @@ class PolyakUpdate:
     def __init__(self, network: nn.Module, target: nn.Module) -> None:
         # Looked up once: that takes longer than the update
         self.parameters, self.targets = tuple(network.parameters()), tuple(target.parameters())
-        self.networks = (network, target) if list(network.buffers()) else None
+        # What is not saved is no state of a network but a constant, such as a noise schedule's
+        saved = network.state_dict().keys()
+        self.buffers = [name for name, _ in network.named_buffers() if name in saved]
+        self.network, self.target = network, target
 
     @th.no_grad()
     def __call__(self, tau: float) -> None:
@@ -243,7 +340,6 @@ class PolyakUpdate:
         :param tau: Weight of the network's parameters, between 0 and 1
         """
         th._foreach_lerp_(self.targets, self.parameters, tau)
-        if self.networks is not None:
+        for name in self.buffers:
             # Anew each time: running statistics may be other tensors after each forward pass
-            for buffer, target_buffer in zip(*(network.buffers() for network in self.networks), strict=True):
-                target_buffer.copy_(buffer)
+            self.target.get_buffer(name).copy_(self.network.get_buffer(name))

@@ -16,14 +16,14 @@ class UpdateNoise(NamedTuple):
     Every random number of one gradient step besides the choice of the batch.
 
     :param latent: Latent a_T of the next action, shape ``(batch, action_dim)``
-    :param chain: Noise of its reverse process, shape ``(T, batch, action_dim)``
+    :param chain: Noise of its reverse process, shape ``(T, batch, action_dim)``; None where that has none
     :param target: Target-policy noise, standard normal, shape ``(batch, action_dim)``
     :param eps: Noise of the forward process, shape ``(batch, action_dim)``
     :param t: Diffusion steps in 0..T-1, int64, shape ``(batch,)``
     """
 
     latent: th.Tensor
-    chain: th.Tensor
+    chain: th.Tensor | None
     target: th.Tensor
     eps: th.Tensor
     t: th.Tensor

@@ -193,9 +193,15 @@ class DiffusionOffPolicyAlgorithm(OffPolicyAlgorithm):
     def _draw_noise(self, batch: ReplayBufferSamples | DictReplayBufferSamples) -> UpdateNoise:
         """All random numbers of a gradient step, in two calls of the global generator."""
         steps, shape = self.diffusion_steps, batch.actions.shape
-        normal = th.randn(steps + 3, *shape, device=self.device)
+        with_chain = self._target_has_chain_noise()
+        normal = th.randn((steps if with_chain else 0) + 3, *shape, device=self.device)
         t = th.randint(steps, shape[:1], device=self.device)
-        return UpdateNoise(latent=normal[0], chain=normal[1 : steps + 1], target=normal[-2], eps=normal[-1], t=t)
+        chain = normal[1:-2] if with_chain else None
+        return UpdateNoise(latent=normal[0], chain=chain, target=normal[-2], eps=normal[-1], t=t)
+
+    def _target_has_chain_noise(self) -> bool:
+        """Whether the next actions of the critics' target are drawn by the whole chain of ``sampler``, which has noise."""
+        return True
 
     def _check_finite(self, name: str, metrics: Metrics) -> None:
         """

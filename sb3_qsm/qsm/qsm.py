@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import operator
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -19,7 +18,7 @@ from stable_baselines3.common.type_aliases import (
 from torch import nn
 
 from sb3_qsm.common.buffers import replay_buffer_for
-from sb3_qsm.common.gradient_step import GradientStep, PolyakUpdate, average_weight, parameters_in
+from sb3_qsm.common.gradient_step import GradientStep, PolyakUpdate, are_the_same, average_weight, members_of
 from sb3_qsm.common.losses import CriticLoss, Metrics, Transitions, UpdateNoise
 from sb3_qsm.common.performance import check_compiler, check_precision
 from sb3_qsm.common.policies import DiffusionPolicy, QCritic, check_sampling_steps
@@ -364,12 +363,15 @@ class QSM(OfflineTraining):
         self.actor.precision = self.precision
         self._make_updates()
 
+    def _networks(self) -> list[nn.Module | None]:
+        """The networks of the updates."""
+        return [self.actor, self.critic, self.critic_target, self.policy.actor_ema]
+
     def _trained(self) -> list[Any]:
-        """The networks and parameters that :meth:`_make_updates` looks up."""
-        networks = [self.actor, self.critic, self.critic_target, self.policy.actor_ema]
-        parameters = [parameters_in(network) for network in networks if network is not None]
+        """The networks, layers and parameters that :meth:`_make_updates` looks up."""
         groups = [*self.actor.optimizer.param_groups, *self.critic.optimizer.param_groups]
-        return list(itertools.chain(networks, *parameters, *(group["params"] for group in groups)))
+        members = map(dict.values, self._members)
+        return [*self._networks(), *itertools.chain(*members, *(group["params"] for group in groups))]
 
     def _update_arguments(self) -> list[Any]:
         """The arguments that :meth:`_make_updates` looks up."""
@@ -382,6 +384,7 @@ class QSM(OfflineTraining):
                 "compile=True needs a features extractor without parameters, like MlpPolicy's, got "
                 f"{type(self.actor.features_extractor).__name__}"
             )
+        self._members = members_of(network for network in self._networks() if network is not None)
         self._updated, self._updated_by = self._trained(), self._update_arguments()
         self._critic_step = GradientStep(
             CriticLoss(self.actor, self.critic, self.critic_target, self.target_sampling_steps),
@@ -441,10 +444,13 @@ class QSM(OfflineTraining):
         trained, other_arguments = self._trained(), self._update_arguments() != self._updated_by
         if other_arguments:
             self._check_hyperparameters()
-        if other_arguments or len(trained) != len(self._updated) or not all(map(operator.is_, trained, self._updated)):
+        if other_arguments or not are_the_same(trained, self._updated):
             if other_arguments or self.actor is not self._updated[0]:
                 self.actor.precision = self.precision
             self._make_updates()
+
+    def _target_has_chain_noise(self) -> bool:
+        return self.target_sampling_steps is None
 
     def _transitions(self, batch: ReplayBufferSamples) -> Transitions:
         """The batch with its discounts: for n-step replay gamma**n, less at an earlier termination."""
@@ -532,6 +538,7 @@ class QSM(OfflineTraining):
     def _excluded_save_params(self) -> list[str]:
         return [
             *super()._excluded_save_params(),
+            "_members",
             "_updated",
             "_updated_by",
             "_critic_step",
