@@ -27,14 +27,14 @@ from stable_baselines3.common.logger import Logger, configure
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
-from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.utils import LinearSchedule, obs_as_tensor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecNormalize
 from torch import nn
 
 import sb3_qsm.qsm
 from sb3_qsm import QSM
 from sb3_qsm.common.buffers import DictNStepReplayBuffer
-from sb3_qsm.common.policies import DiffusionPolicy
+from sb3_qsm.common.policies import DiffusionActor, DiffusionPolicy
 from sb3_qsm.diffusion import NOISE_SCHEDULES, SAMPLERS
 from sb3_qsm.diffusion.activations import Mish
 from sb3_qsm.qsm.targets import CRITIC_REDUCTIONS, SCORE_TARGETS
@@ -547,6 +547,55 @@ def test_a_layer_without_parameters_that_was_replaced_is_seen(network):
     sequential[i] = nn.Tanh()
     model.train(gradient_steps=1, batch_size=8)
     assert model._critic_step is not updates
+
+
+@pytest.mark.parametrize(
+    ("space", "as_it_is"),
+    [
+        (spaces.Box(-1.0, 1.0, (3,), np.float32), True),
+        (spaces.Box(-1.0, 1.0, (3,), np.float64), True),
+        (spaces.Box(0, 255, (3,), np.uint8), True),
+        (spaces.Box(-1.0, 1.0, (2, 3), np.float32), False),
+        (spaces.Box(0, 255, (36, 36, 3), np.uint8), False),
+        (spaces.Discrete(5), False),
+        (spaces.MultiDiscrete([2, 3]), False),
+        (spaces.MultiBinary(4), False),
+    ],
+    ids=str,
+)
+def test_features_are_those_of_stable_baselines3(monkeypatch, space, as_it_is):
+    model = make_model(DummyEnv(space, BOX))
+    obs = obs_as_tensor(np.stack([model.observation_space.sample() for _ in range(4)]), model.device)
+    calls = []
+    monkeypatch.setattr(FlattenExtractor, "forward", lambda self, x: calls.append(x) or self.flatten(x))
+    for network in (model.actor, model.critic):
+        expected = network.extract_features(obs, network.features_extractor)
+        assert expected.dtype == th.float32
+        calls.clear()
+        found = network.features(obs)
+        assert len(calls) == (0 if as_it_is else 1)
+        assert th.equal(found, expected)
+        assert found.dtype == th.float32
+        # It may do anything
+        hook = network.features_extractor.register_forward_hook(lambda module, inputs, output: 2.0 * output)
+        assert th.equal(network.features(obs), 2.0 * expected)
+        hook.remove()
+
+
+def test_features_of_another_extractor():
+    class Doubled(FlattenExtractor):
+        def forward(self, observations):
+            return 2.0 * super().forward(observations)
+
+    class Tripled(DiffusionActor):
+        def extract_features(self, obs, features_extractor):
+            return 3.0 * super().extract_features(obs, features_extractor)
+
+    obs = th.rand(4, 3)
+    actor = make_model(policy_kwargs={"features_extractor_class": Doubled}).actor
+    assert th.equal(actor.features(obs), 2.0 * obs)
+    actor.__class__ = Tripled
+    assert th.equal(actor.features(obs), 6.0 * obs)
 
 
 def test_noise_of_the_chain_is_drawn_where_it_is_used():
@@ -1100,7 +1149,7 @@ def test_her_with_multi_input_policy(n_envs):
 def test_vec_normalize(monkeypatch):
     env = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]), clip_obs=2.0, clip_reward=1.5)
     eval_env = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]), training=False, norm_reward=False)
-    model = make_model(env, n_steps=1)
+    model = make_model(env, n_steps=1, seed=0)
     assert model.get_vec_normalize_env() is env
     model.set_env(eval_env)
     assert model.get_vec_normalize_env() is eval_env

@@ -3,12 +3,12 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeGuard, TypeVar
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
+from stable_baselines3.common.policies import BaseModel, BasePolicy, ContinuousCritic
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
@@ -55,6 +55,25 @@ def set_mode(module: nn.Module, training: bool) -> None:
     for child in module._modules.values():
         if child is not None:
             set_mode(child, training)
+
+
+def are_features(obs: PyTorchObs, network: BaseModel) -> TypeGuard[th.Tensor]:
+    """
+    :param obs: Observation
+    :param network: Actor or critics
+    :return: Whether its features are its numbers as they are: SB3's look at the observation and its space and the call of the
+        extractor take longer than the conversion to float32, and an update has five of them
+    """
+    extractor = network.features_extractor
+    return (
+        type(extractor) is FlattenExtractor
+        and type(network).extract_features is BaseModel.extract_features
+        and isinstance(network.observation_space, spaces.Box)
+        # Images, and tables to be flattened, have more dimensions
+        and isinstance(obs, th.Tensor)
+        and obs.dim() == 2
+        and not (obs.requires_grad or extractor._forward_hooks or extractor._forward_pre_hooks)
+    )
 
 
 class DiffusionActor(BasePolicy):
@@ -171,7 +190,7 @@ class DiffusionActor(BasePolicy):
         :param obs: Observation
         :return: Its features, shape ``(batch, features_dim)``
         """
-        return self.extract_features(obs, self.features_extractor)
+        return obs.float() if are_features(obs, self) else self.extract_features(obs, self.features_extractor)
 
     def predict_noise(self, features: th.Tensor, actions: th.Tensor, t: th.Tensor) -> th.Tensor:
         """
@@ -311,6 +330,8 @@ class QCritic(ContinuousCritic):
         :param obs: Observation
         :return: Its features, shape ``(batch, features_dim)``; without gradient when the extractor is the actor's
         """
+        if are_features(obs, self):
+            return obs.float()
         with th.set_grad_enabled(th.is_grad_enabled() and not self.share_features_extractor):
             return self.extract_features(obs, self.features_extractor)
 
