@@ -303,9 +303,10 @@ def test_polyak_update_of_a_replaced_buffer() -> None:
 def test_polyak_update_of_a_constant() -> None:
     """What is not saved with a network does not change; to copy it took longer than the parameters."""
     networks = [nn.Linear(2, 2) for _ in range(2)]
-    for network in networks:
-        network.register_buffer("constant", th.zeros(2), persistent=False)
-    update = PolyakUpdate(*networks)
-    assert update.buffers == []
-    update(1.0)
+    for i, network in enumerate(networks):
+        network.register_buffer("constant", th.full((2,), float(i)), persistent=False)
+        network.register_buffer("state", th.full((2,), float(i)))
+    PolyakUpdate(*networks)(1.0)
+    assert th.equal(networks[1].constant, th.ones(2))
+    assert th.equal(networks[1].state, th.zeros(2))
     assert th.equal(networks[0].weight, networks[1].weight)

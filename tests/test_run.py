@@ -594,8 +594,10 @@ def test_features_of_another_extractor():
     obs = th.rand(4, 3)
     actor = make_model(policy_kwargs={"features_extractor_class": Doubled}).actor
     assert th.equal(actor.features(obs), 2.0 * obs)
+    actor = make_model().actor
+    assert th.equal(actor.features(obs), obs)
     actor.__class__ = Tripled
-    assert th.equal(actor.features(obs), 6.0 * obs)
+    assert th.equal(actor.features(obs), 3.0 * obs)
 
 
 def test_noise_of_the_chain_is_drawn_where_it_is_used():

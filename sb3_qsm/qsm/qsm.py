@@ -450,6 +450,7 @@ class QSM(OfflineTraining):
             self._make_updates()
 
     def _target_has_chain_noise(self) -> bool:
+        # Fewer steps are DDIM's
         return self.target_sampling_steps is None
 
     def _transitions(self, batch: ReplayBufferSamples) -> Transitions:
