@@ -32,7 +32,7 @@ quickstart: $(VENV)/.quickstart  ## Train QSM on MuJoCo (ten minutes on a slow c
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: $(VENV)/.dev  ## Run the fast tests and report coverage
-	$(PYTEST) -n $(JOBS) -m "not slow" --cov=sb3_qsm --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
+	$(PYTEST) -n $(JOBS) --dist worksteal -m "not slow" --cov=sb3_qsm --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.dev  ## Run the slow tests: trainings that must reach a return, builds
 	$(PYTEST) -n $(JOBS) -m slow $(PYTEST_ARGS)

@@ -21,6 +21,9 @@ from sb3_qsm.qsm.targets import (
     running_gradient_norm,
 )
 
+# Whole trainings, which the tracer makes a third slower; the lines are covered elsewhere
+pytestmark = pytest.mark.no_cover
+
 Array = npt.NDArray[np.float64]
 TEMPERATURE = 0.05
 MEAN = np.array([0.2, -0.3])
@@ -182,6 +185,8 @@ def train_actor(
     draw: Callable[[int], Array],
     sign: float = 1.0,
     prior_std: float | None = None,
+    steps: int = 2000,
+    batch_size: int = 512,
 ) -> DiffusionActor:
     """Train a diffusion actor for one state on replayed actions, with the fixed scale 1 / lambda."""
     th.manual_seed(0)
@@ -203,17 +208,17 @@ def train_actor(
     averaged = th.optim.swa_utils.AveragedModel(actor.score_network)
     # ... and draw its steps less often; at every step the minimum of the loss is the same
     frequency = actor.schedule.sqrt_alphas_cumprod / actor.schedule.sigmas
-    features, empty = th.zeros(2048, 1), th.empty(0)
-    for step in range(2000):
-        actions = th.as_tensor(draw(2048), dtype=th.float32)
-        noise = UpdateNoise(empty, empty, empty, th.randn_like(actions), th.multinomial(frequency, 2048, True))
+    features, empty = th.zeros(batch_size, 1), th.empty(0)
+    for step in range(steps):
+        actions = th.as_tensor(draw(batch_size), dtype=th.float32)
+        noise = UpdateNoise(empty, empty, empty, th.randn_like(actions), th.multinomial(frequency, batch_size, True))
         loss, _ = loss_module(
             features, [features], actions, noise, th.zeros(()), th.tensor(1.0), th.tensor(sign / TEMPERATURE)
         )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step >= 700:
+        if step >= 0.35 * steps:
             averaged.update_parameters(actor.score_network)
     actor.score_network.load_state_dict(averaged.module.state_dict())
     return actor
@@ -227,7 +232,7 @@ def samples_of(actor: DiffusionActor, n: int = 20_000) -> Array:
 
 def test_trained_actor_samples_the_gaussian() -> None:
     rng = np.random.default_rng(0)
-    actor = train_actor(QuadraticCritic(), "clean", lambda n: rng.multivariate_normal(MEAN, COVARIANCE, n))
+    actor = train_actor(QuadraticCritic(), "clean", lambda n: rng.multivariate_normal(MEAN, COVARIANCE, n), batch_size=2048)
     samples = samples_of(actor)
     np.testing.assert_allclose(samples.mean(0), MEAN, atol=0.06)
     np.testing.assert_allclose(np.cov(samples.T), COVARIANCE, atol=0.3 * COVARIANCE.max())
@@ -236,7 +241,7 @@ def test_trained_actor_samples_the_gaussian() -> None:
 def test_trained_actor_with_prior_samples_the_product() -> None:
     """The default target, at the actor's own estimate, on uniformly random replayed actions."""
     rng = np.random.default_rng(0)
-    actor = train_actor(QuadraticCritic(), "denoised", lambda n: rng.uniform(-1, 1, (n, 2)), prior_std=0.3)
+    actor = train_actor(QuadraticCritic(), "denoised", lambda n: rng.uniform(-1, 1, (n, 2)), prior_std=0.3, steps=1000)
     mean, covariance = product_with_prior(0.3)
     samples = samples_of(actor)
     np.testing.assert_allclose(samples.mean(0), mean, atol=0.03)
@@ -253,7 +258,7 @@ def test_where_the_critic_is_indifferent(prior_std: float | None) -> None:
             return (0.0 * actions).sum(-1).unsqueeze(0)
 
     rng = np.random.default_rng(0)
-    actor = train_actor(Flat(), "denoised", lambda n: rng.uniform(-1, 1, (n, 1)), prior_std=prior_std)
+    actor = train_actor(Flat(), "denoised", lambda n: rng.uniform(-1, 1, (n, 1)), prior_std=prior_std, steps=1000)
     samples = samples_of(actor)
     at_the_bounds = (np.abs(samples) > 0.99).mean()
     if prior_std is None:

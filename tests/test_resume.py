@@ -421,9 +421,9 @@ def check_finished(run, steps):
 
 def test_killed_run_finishes_from_the_command_line(tmp_path):
     pytest.importorskip("rl_zoo3")
-    run, lives = kill_again_and_again(tmp_path, steps=2000, kills=2, seed=1)
+    run, lives = kill_again_and_again(tmp_path, steps=1000, kills=2, seed=1)
     assert len(lives) == 2
-    check_finished(run, steps=2000)
+    check_finished(run, steps=1000)
 
 
 @pytest.mark.slow

@@ -322,7 +322,7 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
             if not isinstance(layer, (nn.Linear, nn.LayerNorm)) and any(True for _ in layer.parameters()):
                 raise ValueError(f"critic_activation_fn must be one without parameters, got {type(layer).__name__}")
         # A buffer that is assigned has other episodes
-        self._buffer_id = id(self.replay_buffer)
+        self._known_buffer = self.replay_buffer
         position_dim = self.replay_buffer.positions.shape[1]
         for mode in self._modes:
             if mode.trajectory.shape[1] != position_dim:
@@ -419,10 +419,10 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         self._check_kind_of_buffer()
-        if self._recognise_modes() or id(self.replay_buffer) != self._buffer_id:
+        if self._recognise_modes() or self.replay_buffer is not self._known_buffer:
             # The environments are in the midst of episodes that the buffer does not know
             self._last_obs = None
-        self._buffer_id = id(self.replay_buffer)
+        self._known_buffer = self.replay_buffer
         new_episodes = reset_num_timesteps or self._last_obs is None or self._step_is_open
         if self._modes and not self.replay_buffer.successes():
             warnings.warn(
@@ -748,6 +748,7 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
         super().load_replay_buffer(path, truncate_last_traj)
         # The environments are in the midst of episodes that the buffer does not know
         self._last_obs = None
+        self._known_buffer = self.replay_buffer
         self._recognise_modes()
 
     def _recognise_modes(self) -> bool:
@@ -804,7 +805,14 @@ class DDiffPG(DiffusionOffPolicyAlgorithm):
             raise ValueError(f"The replay buffer's position must be the model's, {own}, got {theirs}")
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "mode_critics", "novelty", "novelty_optimizer", "_distances", "_buffer_id"]
+        return [
+            *super()._excluded_save_params(),
+            "mode_critics",
+            "novelty",
+            "novelty_optimizer",
+            "_distances",
+            "_known_buffer",
+        ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         modes = [f"mode_critics.{index}.optimizer" for index in range(len(self._modes))]

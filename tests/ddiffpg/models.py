@@ -1,9 +1,13 @@
 """Small models of DDiffPG on a point between goals."""
 
+import copy
+import json
+import random
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.monitor import Monitor
@@ -44,11 +48,27 @@ def make_model(env=None, policy: str = "MlpPolicy", policy_kwargs=None, **kwargs
     return DDiffPG(policy, env or make_env(), policy_kwargs=policy_kwargs, **{"seed": 0, **SMALL, **kwargs})
 
 
+#: By arguments, what was trained and the states that the global random numbers were left in
+_TRAINED: dict[str, tuple[DDiffPG, th.Tensor, dict[str, Any], tuple[Any, ...]]] = {}
+
+
 def make_trained(steps: int = 200, **kwargs: Any) -> DDiffPG:
-    """A model that knows two modes."""
+    """A model that knows two modes. With arguments that can be written down it is trained once, and copied."""
+    try:
+        key = json.dumps([steps, kwargs])
+    except TypeError:
+        key = ""
+    if key in _TRAINED:
+        model, torch_state, numpy_state, python_state = _TRAINED[key]
+        th.set_rng_state(torch_state)
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+        return copy.deepcopy(model)
     model = make_model(**kwargs).learn(steps)
     assert len(model.modes) == 2
     model.set_logger(Logger(None, []))
+    if key:
+        _TRAINED[key] = copy.deepcopy(model), th.get_rng_state(), np.random.get_state(legacy=False), random.getstate()
     return model
 
 

@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import math
+import pickle
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -518,6 +519,21 @@ def test_a_replay_buffer_of_another_model_in_place_of_the_own():
     for one in buffer.trajectories.values():
         np.testing.assert_array_equal(buffer.observations[one.rows[0], 0], 0.0)
         np.testing.assert_array_equal(buffer.observations[one.rows[1:], 0], buffer.next_observations[one.rows[:-1], 0])
+
+
+@pytest.mark.parametrize("duplicate", [deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
+def test_a_copy_goes_on_in_the_same_episode(duplicate):
+    model = make_trained()
+    while not model.replay_buffer._open[0]:
+        model.learn(1, reset_num_timesteps=False)
+    results = []
+    for one in (duplicate(model), model):
+        th.manual_seed(0)
+        np.random.seed(0)
+        one.learn(10, reset_num_timesteps=False)
+        results.append((one.replay_buffer.observations[: one.replay_buffer.pos], parameters(one.actor)))
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    assert same(results[0][1], results[1][1])
 
 
 def test_new_modes_inherit_critics():
