@@ -244,8 +244,9 @@ def test_trained_actor_with_prior_samples_the_product() -> None:
     actor = train_actor(QuadraticCritic(), "denoised", lambda n: rng.uniform(-1, 1, (n, 2)), prior_std=0.3, steps=1000)
     mean, covariance = product_with_prior(0.3)
     samples = samples_of(actor)
-    np.testing.assert_allclose(samples.mean(0), mean, atol=0.03)
-    np.testing.assert_allclose(np.cov(samples.T), covariance, atol=0.2 * covariance.max())
+    # A prior that is a quarter wider is out by 0.024 and 0.17
+    np.testing.assert_allclose(samples.mean(0), mean, atol=0.015)
+    np.testing.assert_allclose(np.cov(samples.T), covariance, atol=0.1 * covariance.max())
     assert np.abs(mean - MEAN).max() > 0.05  # the prior shows
 
 
@@ -267,7 +268,7 @@ def test_where_the_critic_is_indifferent(prior_std: float | None) -> None:
     else:
         assert at_the_bounds < 0.01
         assert abs(samples.mean()) < 0.05
-        assert abs(samples.std() - prior_std) < 0.05
+        assert abs(samples.std() - prior_std) < 0.03
 
 
 def draw_two_modes(rng: np.random.Generator) -> Callable[[int], Array]:
