@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 # The constraints keep torch at the tested release.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 # One thread a process: the networks are small, and several processes with many threads each slow one another down.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 # Two pip processes must not write to one virtual environment.
@@ -32,10 +32,10 @@ quickstart: $(VENV)/.quickstart  ## Train QSM on MuJoCo (ten minutes on a slow c
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: $(VENV)/.dev  ## Run the fast tests and report coverage
-	$(PYTEST) -n $(JOBS) --dist worksteal -m "not slow" --cov=sb3_qsm --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" --cov=sb3_qsm --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.dev  ## Run the slow tests: trainings that must reach a return, builds
-	$(PYTEST) -n $(JOBS) -m slow $(PYTEST_ARGS)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev  ## Check style and formatting
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ from sb3_qsm.qsm.targets import (
     running_gradient_norm,
 )
 
-# Whole trainings, which the tracer makes a third slower; the lines are covered elsewhere
+# Whole trainings, which the tracer slows; the lines are covered elsewhere
 pytestmark = pytest.mark.no_cover
 
 Array = npt.NDArray[np.float64]
@@ -268,7 +268,7 @@ def test_where_the_critic_is_indifferent(prior_std: float | None) -> None:
     else:
         assert at_the_bounds < 0.01
         assert abs(samples.mean()) < 0.05
-        assert abs(samples.std() - prior_std) < 0.03
+        assert abs(samples.std() - prior_std) < 0.03  # 0.375; with a prior a quarter wider 0.438
 
 
 def draw_two_modes(rng: np.random.Generator) -> Callable[[int], Array]:

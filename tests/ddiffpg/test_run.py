@@ -523,7 +523,7 @@ def test_a_replay_buffer_of_another_model_in_place_of_the_own():
 
 @pytest.mark.parametrize("duplicate", [deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
 def test_a_copy_goes_on_in_the_same_episode(duplicate):
-    model = make_trained()
+    model = make_trained().learn(1, reset_num_timesteps=False)
     while not model.replay_buffer._open[0]:
         model.learn(1, reset_num_timesteps=False)
     results = []

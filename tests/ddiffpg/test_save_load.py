@@ -352,7 +352,7 @@ def test_interrupt_at_any_moment_of_a_clustering(tmp_path):
     model.learn(30, reset_num_timesteps=False)
 
 
-@pytest.mark.parametrize("mode", [None, 1])
+@pytest.mark.parametrize("mode", [None, 0, 1])
 def test_export_of_a_mode(tmp_path, mode):
     ort = pytest.importorskip("onnxruntime", reason="needs pip install 'sb3-qsm[export]'")
     # With the cosine schedule a chain that has hardly been trained enlarges rounding
